@@ -1,0 +1,1 @@
+//! Everything unsafe and everything fast: CPU kernels with a scalar reference each.
