@@ -1,0 +1,99 @@
+//! The shipped file equals the defaults, and every kind of mistake is refused with its line.
+
+use super::*;
+
+const SHIPPED: &str = include_str!("../../../cluster.toml");
+
+fn parse(text: &str) -> Result<ClusterConfig, ConfigError> {
+    ClusterConfig::parse(text, Path::new("/etc/tenantry/cluster.toml"))
+}
+
+#[test]
+fn the_shipped_file_spells_out_every_default() {
+    let shipped: ClusterFile = toml::from_str(SHIPPED).expect("cluster.toml parses");
+    let bare = ClusterFile {
+        nodes: shipped.nodes.clone(),
+        bases: shipped.bases.clone(),
+        ..toml::from_str("").expect("empty parses")
+    };
+    assert_eq!(shipped, bare);
+    for table in [
+        toml::to_string(&bare.engine),
+        toml::to_string(&bare.adapters),
+        toml::to_string(&bare.queue),
+        toml::to_string(&bare.cluster),
+        toml::to_string(&bare.tiers.shared),
+    ] {
+        for line in table.expect("serialises").lines() {
+            let key = line.split(" =").next().expect("a key");
+            assert!(
+                SHIPPED.lines().any(|shown| shown.starts_with(&format!("{key} ="))),
+                "cluster.toml does not show {key}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_shipped_file_is_valid_and_resolves_paths() {
+    let config = parse(SHIPPED).expect("valid");
+    assert_eq!(config.nodes[0].data, Path::new("/etc/tenantry/.tenantry/a"));
+    assert!(!config.bases[0].path.starts_with("~"));
+    assert!(config.engine.threads >= 1);
+}
+
+#[test]
+fn a_tier_may_override_one_key_and_keeps_the_rest() {
+    let text = SHIPPED
+        .replace("[tiers.premium]\nweight = 4\nreserve = 0.0\nconcurrency = 16", "[tiers.premium]\nreserve = 0.5");
+    let config = parse(&text).expect("valid");
+    assert_eq!(config.engine.reserves, [0.0, 0.5, 0.0]);
+    assert_eq!(config.limits(Tier::Premium).concurrency, 16);
+}
+
+#[test]
+fn mistakes_are_refused_with_line_and_hint() {
+    let cases: &[(&str, &str, &str)] = &[
+        ("drain_s = 30", "drain_seconds = 30", "unknown field"),
+        ("drain_s = 30", "drain_s = 99999", "cluster.drain_s is 99999"),
+        ("threads = 0", "threads = 1000", "engine.threads is 1000"),
+        ("threads = 0", "threads = -1", "invalid value"),
+        ("threads = 0", "threads = \"many\"", "invalid type"),
+        ("rows_per_step = 256", "rows_per_step = 1", "engine.rows_per_step is 1"),
+        ("sequences = 64", "sequences = 300", "cannot each have a row"),
+        ("kv_mib = 512", "kv_mib = 1", "engine.kv_mib is 1"),
+        ("prefix_cache_share = 0.25", "prefix_cache_share = 1.5", "prefix_cache_share is 1.5"),
+        ("slots = 16", "slots = 0", "adapters.slots is 0"),
+        ("rank_max = 256", "rank_max = 257", "adapters.rank_max is 257"),
+        ("decode_weight = 2", "decode_weight = 0", "queue.decode_weight is 0"),
+        ("reserve = 0.0", "reserve = 0.99", "reserve is 0.99"),
+        ("numerics = \"fast\"", "numerics = \"faster\"", "numerics of base smollm2 is \"faster\""),
+        ("name = \"a\"", "name = \"A\"", "node name \"A\" is not valid"),
+        ("name = \"smollm2\"", "name = \"smol-lm2\"", "base name \"smol-lm2\" is not valid"),
+        ("http = \"127.0.0.1:8080\"", "http = \"127.0.0.1\"", "invalid socket address"),
+        ("http = \"127.0.0.1:8080\"", "http = \"127.0.0.1:8081\"", "is used twice"),
+        ("http = \"127.0.0.1:8080\"", "http = \"0.0.0.0:8080\"", "without TLS"),
+        ("[queue]", "[queues]", "unknown field"),
+        ("[engine]", "[engine", "unclosed table"),
+    ];
+    for (from, to, expected) in cases {
+        let text = SHIPPED.replacen(from, to, 1);
+        assert_ne!(&text, SHIPPED, "{from} is in the file");
+        let error = parse(&text).expect_err(to);
+        assert!(error.message.to_lowercase().contains(&expected.to_lowercase()), "{to}: {error}");
+        assert!(error.line.is_some() && !error.hint.is_empty(), "{to}: {error}");
+    }
+}
+
+#[test]
+fn duplicates_and_missing_tables_are_refused() {
+    let node = "[[nodes]]\nname = \"a\"\nhttp = \"127.0.0.1:1\"\nadmin = \"127.0.0.1:2\"\ndata = \"d\"\n";
+    let base = "[[bases]]\nname = \"b\"\npath = \"p\"\n";
+    assert!(parse(&format!("{node}{base}")).is_ok());
+    assert!(parse(base).expect_err("no nodes").message.contains("no node"));
+    assert!(parse(node).expect_err("no bases").message.contains("no base"));
+    let twin = node.replace(":1\"", ":3\"").replace(":2\"", ":4\"");
+    assert!(parse(&format!("{node}{twin}{base}")).expect_err("twins").message.contains("two nodes are named a"));
+    assert!(parse(&format!("{node}{base}{base}")).expect_err("twins").message.contains("two bases are named b"));
+    assert!(parse(&format!("insecure = true\n{}{base}", node.replace("127.0.0.1:1", "0.0.0.0:1"))).is_ok());
+}
