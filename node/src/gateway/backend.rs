@@ -1,0 +1,261 @@
+//! The seam between the client API and the rest of the node: what the gateway asks for and what it gets.
+//!
+//! [`Backend`] is implemented once, by the application; tests script their own. The gateway parses, checks
+//! and formats; everything that needs a contract, a tokenizer, a template, a queue or a model happens behind
+//! this trait. No HTTP type crosses it.
+
+use std::borrow::Cow;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::Value;
+use shared::clock::Clock;
+use shared::error::{ErrorKind, RequestError};
+use shared::id::{RequestId, TenantId};
+use shared::request::{Grammar, Sampling};
+use shared::token::TokenEvent;
+use tokio::sync::mpsc;
+
+/// What the gateway needs from the node.
+pub trait Backend: Send + Sync + 'static {
+    /// An authenticated caller; made by [`Backend::authenticate`] only.
+    type Who: Clone + Send + Sync + 'static;
+
+    /// Who holds this key. Compares in constant time.
+    ///
+    /// # Errors
+    /// `Unauthenticated` for an unknown or revoked key, `Forbidden` for a suspended tenant.
+    fn authenticate(&self, bearer: &str) -> Result<Self::Who, RequestError>;
+
+    /// The caller's tenant.
+    fn tenant<'a>(&self, who: &'a Self::Who) -> &'a TenantId;
+
+    /// Called when a caller named another tenant than its key's; the request is refused with 403.
+    fn impersonation_refused(&self, who: &Self::Who);
+
+    /// The models this caller may name, in a stable order.
+    fn models(&self, who: &Self::Who) -> Vec<ModelCard>;
+
+    /// Admits a request: resolves the model, renders and encodes the input, takes credit, enqueues.
+    /// Returns as soon as the request waits in the queue.
+    ///
+    /// # Errors
+    /// Every refusal of admission; for an unknown or foreign model [`model_not_found`].
+    fn submit(
+        &self,
+        who: &Self::Who,
+        request: Prepared,
+    ) -> impl Future<Output = Result<Running, Refused>> + Send;
+
+    /// The conditions under which this node can serve, each with its present state. No I/O.
+    fn checks(&self) -> Vec<Check>;
+
+    /// The reader of time.
+    fn clock(&self) -> &dyn Clock;
+}
+
+/// The refusal of a model that does not exist or is not the caller's: the same bytes for both.
+pub fn model_not_found(model: &str) -> RequestError {
+    let shown: String = model.chars().take(128).collect();
+    RequestError {
+        param: Some("model".into()),
+        ..RequestError::new(
+            ErrorKind::NotFound,
+            "model_not_found",
+            format!("the model {shown:?} does not exist or you do not have access to it; hint: GET /v1/models lists yours"),
+        )
+    }
+}
+
+/// A checked request, before admission. All ranges hold; whether it fits the model's context is not known yet.
+#[derive(Debug, Clone)]
+pub struct Prepared {
+    /// Unique id, chosen by us: keys metering and the random stream.
+    pub id: RequestId,
+    /// The model as the client named it: a task, a full adapter version, or a base.
+    pub model: String,
+    /// The prompt.
+    pub input: Input,
+    /// Independent answers, 1…8.
+    pub n: u32,
+    /// Longest answer; `None` is what the context leaves.
+    pub max_tokens: Option<u32>,
+    /// No end of answer before this many tokens.
+    pub min_tokens: u32,
+    /// Go on after the end-of-answer token.
+    pub ignore_eos: bool,
+    /// Texts that end the answer, none empty.
+    pub stop: Vec<String>,
+    /// Token ids that end the answer; the vocabulary is not checked yet.
+    pub stop_token_ids: Vec<u32>,
+    /// Choice of tokens. Its `seed` is 0 here: the backend sets it from [`Prepared::seed`] or the id.
+    pub sampling: Sampling,
+    /// The client's seed.
+    pub seed: Option<u64>,
+    /// Report the chosen token's log-probability and this many of the best.
+    pub logprobs: Option<u32>,
+    /// The same for the prompt.
+    pub prompt_logprobs: Option<u32>,
+    /// Constraint on the answer.
+    pub grammar: Option<Grammar>,
+    /// Earlier deadline than the contract's, wanted by the client.
+    pub timeout: Option<Duration>,
+}
+
+/// The prompt as the client gave it.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Input {
+    /// A conversation for the model's chat template.
+    Chat(ChatInput),
+    /// Raw text; special-token texts in it are plain text.
+    Text {
+        /// The prompt.
+        text: String,
+        /// Put the model's beginning-of-text token in front if the model wants one.
+        add_special: bool,
+    },
+    /// Token ids, not empty; the vocabulary is not checked yet.
+    Tokens(Vec<u32>),
+}
+
+/// Variables of the chat template.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ChatInput {
+    /// Messages with `role` and `content` (string or null); assistant `tool_calls` carry `arguments` as objects.
+    pub messages: Vec<Value>,
+    /// The `tools` array as sent; `None` when absent or `tool_choice` is `none`.
+    pub tools: Option<Value>,
+    /// Open the assistant's turn.
+    pub add_generation_prompt: bool,
+    /// Further template variables (`chat_template_kwargs`).
+    pub template_kwargs: serde_json::Map<String, Value>,
+}
+
+/// An admitted request and its answer to come.
+pub struct Running {
+    /// Events as `shared::token` promises them.
+    pub events: mpsc::Receiver<TokenEvent>,
+    /// Ends the request when dropped.
+    pub cancel: CancelOnDrop,
+    /// What serves it.
+    pub served: Served,
+    /// Tokens of the prompt, as the model sees them.
+    pub prompt_tokens: Arc<[u32]>,
+    /// Text of the tokens.
+    pub vocabulary: Arc<dyn Vocabulary>,
+    /// State of the caller's rate limits after this request.
+    pub rate: Option<RateState>,
+}
+
+/// What serves a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Served {
+    /// Model id reported to the client.
+    pub model: String,
+    /// Base model name.
+    pub base: String,
+    /// Full adapter version; `None` for the base itself.
+    pub adapter: Option<String>,
+    /// Content hash of the adapter, in hex.
+    pub adapter_hash: Option<String>,
+    /// The contract's fallback replaced a missing adapter by the base.
+    pub fell_back: bool,
+    /// Names everything besides weights and tokens that decides the bits of the answer.
+    pub numerics_id: String,
+}
+
+/// Runs its action when dropped.
+pub struct CancelOnDrop(Option<Box<dyn FnOnce() + Send>>);
+
+impl CancelOnDrop {
+    /// `cancel` must be cheap and must not panic; it may run after the request has ended.
+    pub fn new(cancel: impl FnOnce() + Send + 'static) -> Self {
+        Self(Some(Box::new(cancel)))
+    }
+}
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        if let Some(cancel) = self.0.take() {
+            cancel();
+        }
+    }
+}
+
+/// Text of tokens; implemented by the model's tokenizer.
+pub trait Vocabulary: Send + Sync {
+    /// The token's piece; an id out of range has an empty one.
+    fn piece(&self, id: u32) -> Piece<'_>;
+}
+
+/// One token as bytes. The text of an answer is the concatenation of its pieces.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Piece<'a> {
+    /// Bytes, possibly a part of a UTF-8 sequence.
+    pub bytes: Cow<'a, [u8]>,
+    /// A control token: not part of the text, though it has a name.
+    pub special: bool,
+}
+
+/// A refusal of admission.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// Why.
+    pub error: RequestError,
+    /// State of the caller's rate limits.
+    pub rate: Option<RateState>,
+}
+
+impl From<RequestError> for Refused {
+    fn from(error: RequestError) -> Self {
+        Self { error, rate: None }
+    }
+}
+
+/// Rate limits of a tenant at one moment, for the `x-ratelimit-*` headers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RateState {
+    /// Requests per minute allowed.
+    pub limit_requests: u64,
+    /// Requests left right now.
+    pub remaining_requests: u64,
+    /// Until all requests are available again.
+    pub reset_requests: Duration,
+    /// Tokens per minute allowed.
+    pub limit_tokens: u64,
+    /// Tokens left right now.
+    pub remaining_tokens: u64,
+    /// Until all tokens are available again.
+    pub reset_tokens: Duration,
+}
+
+/// One model a caller may name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelCard {
+    /// What goes into `model`.
+    pub id: String,
+    /// Seconds since the Unix epoch.
+    pub created: u64,
+    /// The tenant for adapters, `tenantry` for bases.
+    pub owned_by: String,
+    /// The full version an alias stands for.
+    pub root: Option<String>,
+    /// Base model of an adapter.
+    pub parent: Option<String>,
+    /// Longest sequence, in tokens.
+    pub max_model_len: u32,
+    /// Content hash of the adapter, in hex.
+    pub adapter_generation: Option<String>,
+}
+
+/// One condition of readiness.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Check {
+    /// Short name, such as `base_loaded`.
+    pub name: &'static str,
+    /// Whether it holds.
+    pub ok: bool,
+    /// For the operator; never a secret, a prompt or a tenant's name.
+    pub detail: String,
+}
