@@ -2,7 +2,7 @@
 //! *request* and *token*.
 //!
 //! A type lives here only if at least two crates import it. There is no policy here, no actor, no
-//! tensor and no I/O except reading the configuration file.
+//! tensor and no I/O except reading the configuration file and the small key files.
 //!
 //! Glossary
 //!
@@ -26,6 +26,7 @@
 
 pub mod id;
 pub mod hash;
+pub mod seal;
 pub mod tenant;
 pub mod request;
 pub mod token;
