@@ -7,3 +7,5 @@
 #![forbid(unsafe_code)]
 
 pub mod source;
+pub mod vocab;
+pub mod grammar;

@@ -13,6 +13,8 @@ use shared::tenant::Tier;
 use shared::token::TokenEvent;
 use tokio::sync::mpsc;
 
+use crate::grammar::CompiledGrammar;
+
 /// Set once by whoever no longer wants the answer; the engine frees everything within a step.
 #[derive(Debug, Clone, Default)]
 pub struct CancelFlag(Arc<AtomicBool>);
@@ -45,6 +47,8 @@ pub struct Work {
     pub envelope: Arc<Envelope>,
     /// Its adapter, resident and pinned; `None` for base requests.
     pub lease: Option<Lease>,
+    /// The compiled constraint, when `generation.grammar` asks for one; compiled before queueing.
+    pub grammar: Option<CompiledGrammar>,
     /// Where its events go; bounded, never blocked on: a full channel parks the request.
     pub sink: mpsc::Sender<TokenEvent>,
     /// The client's wish to stop.
