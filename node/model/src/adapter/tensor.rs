@@ -1,0 +1,93 @@
+//! A checked view of one tensor inside an adapter file: dtype, shape, bytes that fit both.
+//!
+//! Made by the pre-parsers; read when packing. It owns nothing.
+
+use half::{bf16, f16};
+use kernels::lora::LoraDtype;
+
+use super::AdapterError;
+
+/// Largest magnitude a weight may have. Trained adapters stay below 100; the cap keeps every value inside
+/// f16 and every product of a rank-256 adapter inside f32.
+pub(super) const VALUE_ABS_MAX: f32 = 1e4;
+
+/// Element types that can be served as they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Dtype {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl Dtype {
+    /// Bytes per element.
+    pub(super) fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
+    /// The same type in the kernels' words.
+    pub(super) fn lora(self) -> LoraDtype {
+        match self {
+            Self::F32 => LoraDtype::F32,
+            Self::F16 => LoraDtype::F16,
+            Self::Bf16 => LoraDtype::BF16,
+        }
+    }
+}
+
+/// A matrix `[rows, cols]`, row-major, or a vector `[rows]` (`cols` is 1 and `rank_one` set).
+#[derive(Debug, Clone, Copy)]
+pub(super) struct TensorView<'a> {
+    pub(super) dtype: Dtype,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) rank_one: bool,
+    /// Little-endian elements; `rows * cols * dtype.size()` bytes.
+    pub(super) bytes: &'a [u8],
+}
+
+// === impl TensorView ===
+
+impl TensorView<'_> {
+    /// The shape as messages show it.
+    pub(super) fn shape(&self) -> String {
+        if self.rank_one { format!("[{}]", self.rows) } else { format!("[{}, {}]", self.rows, self.cols) }
+    }
+
+    /// Refuses values that are not finite or out of range.
+    pub(super) fn check_values(&self, name: &str) -> Result<(), AdapterError> {
+        // A comparison with NaN is false, so the one test catches NaN, infinities and large values.
+        let bad = self.values().enumerate().find(|(_, value)| !(value.abs() <= VALUE_ABS_MAX));
+        match bad {
+            None => Ok(()),
+            Some((at, value)) => Err(AdapterError::invalid(format!(
+                "tensor {name} holds {value} at element {at}; weights must be finite and at most {VALUE_ABS_MAX} in magnitude"
+            ))),
+        }
+    }
+
+    /// All elements as f32, which is exact for every dtype here.
+    pub(super) fn to_f32(self) -> Vec<f32> {
+        self.values().collect()
+    }
+
+    fn values(&self) -> Box<dyn Iterator<Item = f32> + '_> {
+        match self.dtype {
+            Dtype::F32 => {
+                let (values, _) = self.bytes.as_chunks::<4>();
+                Box::new(values.iter().map(|bytes| f32::from_le_bytes(*bytes)))
+            }
+            Dtype::F16 => {
+                let (values, _) = self.bytes.as_chunks::<2>();
+                Box::new(values.iter().map(|bytes| f16::from_le_bytes(*bytes).to_f32()))
+            }
+            Dtype::Bf16 => {
+                let (values, _) = self.bytes.as_chunks::<2>();
+                Box::new(values.iter().map(|bytes| bf16::from_le_bytes(*bytes).to_f32()))
+            }
+        }
+    }
+}
