@@ -7,5 +7,8 @@
 #![forbid(unsafe_code)]
 
 pub mod source;
+pub mod blocks;
+pub mod sampler;
+pub mod stop;
 pub mod vocab;
 pub mod grammar;
