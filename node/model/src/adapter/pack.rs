@@ -74,6 +74,12 @@ impl<'a> CheckedAdapter<'a> {
         &self.summary
     }
 
+    /// The checked modules, for tests of what packing reads.
+    #[cfg(test)]
+    pub(super) fn modules(&self) -> &[CheckedModule<'a>] {
+        &self.modules
+    }
+
     /// Packs the adapter for one base model. Needs the weights for DoRA only. Memory: the packed adapter plus
     /// one module in f32.
     ///
@@ -96,9 +102,34 @@ impl<'a> CheckedAdapter<'a> {
 
 // === impl CheckedModule ===
 
+/// One module's matrices in f32 and in the order used inside.
+#[derive(Debug)]
+pub(super) struct Unpacked {
+    /// `[rank, n_in]`.
+    pub(super) a: Vec<f32>,
+    /// `[n_out, rank]`.
+    pub(super) b: Vec<f32>,
+    /// `[n_out]`, only for DoRA.
+    pub(super) row_scale: Option<Vec<f32>>,
+}
+
 impl CheckedModule<'_> {
     fn pack(&self, base: &Matrix) -> Result<LoraPair, AdapterError> {
         let (n_in, n_out) = (self.a.cols, self.b.rows);
+        assert_eq!(
+            (base.n_out(), base.n_in()),
+            (n_out, n_in),
+            "an adapter is packed for the base it was checked against"
+        );
+        let Unpacked { a, b, row_scale } = self.unpack(|i, row| base.row(i, row))?;
+        // Both halves keep the stored type; a mixed pair becomes f32, which holds either exactly.
+        let dtype = if self.a.dtype == self.b.dtype { self.a.dtype.lora() } else { LoraDtype::F32 };
+        LoraPair::new(self.rank, n_in, n_out, &a, &b, self.scale, dtype, row_scale)
+            .map_err(|error| AdapterError::invalid(format!("{}: {error}", self.name())))
+    }
+
+    /// Reads the stored values; `base_row` writes a row of the base weights and is asked for DoRA only.
+    pub(super) fn unpack(&self, base_row: impl FnMut(usize, &mut [f32])) -> Result<Unpacked, AdapterError> {
         let a = self.a.to_f32();
         let b = match self.b_rows {
             RowOrder::HuggingFace => self.b.to_f32(),
@@ -106,22 +137,26 @@ impl CheckedModule<'_> {
         };
         let row_scale = match self.magnitude {
             None => None,
-            Some(magnitude) => Some(self.dora_factors(base, &a, &b, &magnitude.to_f32())?),
+            Some(magnitude) => Some(self.dora_factors(base_row, &a, &b, &magnitude.to_f32())?),
         };
-        // Both halves keep the stored type; a mixed pair becomes f32, which holds either exactly.
-        let dtype = if self.a.dtype == self.b.dtype { self.a.dtype.lora() } else { LoraDtype::F32 };
-        LoraPair::new(self.rank, n_in, n_out, &a, &b, self.scale, dtype, row_scale)
-            .map_err(|error| AdapterError::invalid(format!("layer {} {}: {error}", self.layer, self.linear.hf_path())))
+        Ok(Unpacked { a, b, row_scale })
     }
 
-    /// `magnitude / ‖W + s·B·A‖₂` per output row, the norm over the inputs (DoRA, section 4; as PEFT computes it).
-    fn dora_factors(&self, base: &Matrix, a: &[f32], b: &[f32], magnitude: &[f32]) -> Result<Vec<f32>, AdapterError> {
+    /// `magnitude / ‖W + s·B·A‖₂` per output row, the norm over the inputs (DoRA, arXiv 2402.09353, section 4; the
+    /// same axis as PEFT).
+    fn dora_factors(
+        &self,
+        mut base_row: impl FnMut(usize, &mut [f32]),
+        a: &[f32],
+        b: &[f32],
+        magnitude: &[f32],
+    ) -> Result<Vec<f32>, AdapterError> {
         let n_in = self.a.cols;
         let mut row = vec![0.0_f32; n_in];
         let mut delta = vec![0.0_f32; n_in];
         let mut factors = Vec::with_capacity(magnitude.len());
         for (i, (&wanted, b_row)) in magnitude.iter().zip(b.chunks_exact(self.rank)).enumerate() {
-            base.row(i, &mut row);
+            base_row(i, &mut row);
             delta.fill(0.0);
             for (&weight, a_row) in b_row.iter().zip(a.chunks_exact(n_in)) {
                 delta.iter_mut().zip(a_row).for_each(|(sum, &value)| *sum += weight * value);
@@ -130,15 +165,18 @@ impl CheckedModule<'_> {
             let factor = (f64::from(wanted) / square.sqrt()) as f32;
             if !factor.is_finite() {
                 return Err(AdapterError::invalid(format!(
-                    "layer {} {}: lora_magnitude_vector {wanted} over row norm {} at output {i} is not finite",
-                    self.layer,
-                    self.linear.hf_path(),
+                    "{}: lora_magnitude_vector {wanted} over row norm {} at output {i} is not finite",
+                    self.name(),
                     square.sqrt()
                 )));
             }
             factors.push(factor);
         }
         Ok(factors)
+    }
+
+    fn name(&self) -> String {
+        format!("layer {} {}", self.layer, self.linear.hf_path())
     }
 }
 
