@@ -6,6 +6,7 @@ mod config;
 mod fuzz;
 mod gguf;
 mod packing;
+mod patterns;
 mod peft;
 mod safetensors;
 
