@@ -11,15 +11,49 @@
 //! which have a port of their own.
 
 pub mod backend;
+pub mod limits;
+pub mod auth;
+pub mod routes;
+pub mod body;
+pub mod json;
+pub mod fields;
+pub mod request;
+pub mod tools;
+pub mod flow;
+pub mod assemble;
+pub mod text;
+pub mod answer;
+pub mod stream;
+pub mod wire;
+pub mod reply;
+pub mod openapi;
 
 use std::sync::Arc;
 
 use axum::Router;
+use axum::middleware::from_fn_with_state;
+use axum::routing::{get, post};
 
 use self::backend::Backend;
 
 /// The client API over a backend. Every route but health, version and the API document needs a key.
 pub fn router<B: Backend>(backend: Arc<B>) -> Router {
-    let _ = backend;
     Router::new()
+        .route("/v1/chat/completions", post(routes::chat::<B>))
+        .route("/v1/completions", post(routes::completions::<B>))
+        .route("/v1/embeddings", post(routes::embeddings))
+        .route("/v1/models", get(routes::models::<B>))
+        .route("/v1/models/{model}", get(routes::model::<B>))
+        .route("/healthz", get(routes::liveness))
+        .route("/livez", get(routes::liveness))
+        .route("/readyz", get(routes::readiness::<B>))
+        .route("/health", get(routes::readiness::<B>))
+        .route("/version", get(routes::version))
+        .route("/openapi.json", get(openapi::serve))
+        .fallback(routes::no_route)
+        .method_not_allowed_fallback(routes::no_method)
+        // Layers wrap what stands above them, fallbacks included: the last one is the outermost.
+        .layer(from_fn_with_state(backend.clone(), auth::authenticate::<B>))
+        .layer(from_fn_with_state(backend.clone(), auth::identify::<B>))
+        .with_state(backend)
 }

@@ -42,11 +42,7 @@ pub trait Backend: Send + Sync + 'static {
     ///
     /// # Errors
     /// Every refusal of admission; for an unknown or foreign model [`model_not_found`].
-    fn submit(
-        &self,
-        who: &Self::Who,
-        request: Prepared,
-    ) -> impl Future<Output = Result<Running, Refused>> + Send;
+    fn submit(&self, who: &Self::Who, request: Prepared) -> impl Future<Output = Result<Running, Refused>> + Send;
 
     /// The conditions under which this node can serve, each with its present state. No I/O.
     fn checks(&self) -> Vec<Check>;
@@ -63,7 +59,9 @@ pub fn model_not_found(model: &str) -> RequestError {
         ..RequestError::new(
             ErrorKind::NotFound,
             "model_not_found",
-            format!("the model {shown:?} does not exist or you do not have access to it; hint: GET /v1/models lists yours"),
+            format!(
+                "the model {shown:?} does not exist or you do not have access to it; hint: GET /v1/models lists yours"
+            ),
         )
     }
 }
@@ -143,7 +141,7 @@ pub struct Running {
     /// Tokens of the prompt, as the model sees them.
     pub prompt_tokens: Arc<[u32]>,
     /// Text of the tokens.
-    pub vocabulary: Arc<dyn Vocabulary>,
+    pub token_text: Arc<dyn TokenText>,
     /// State of the caller's rate limits after this request.
     pub rate: Option<RateState>,
 }
@@ -184,7 +182,7 @@ impl Drop for CancelOnDrop {
 }
 
 /// Text of tokens; implemented by the model's tokenizer.
-pub trait Vocabulary: Send + Sync {
+pub trait TokenText: Send + Sync {
     /// The token's piece; an id out of range has an empty one.
     fn piece(&self, id: u32) -> Piece<'_>;
 }
