@@ -1,0 +1,7 @@
+//! Tokens and templates of the real model, compared with what transformers gave (`data/goldens`).
+//!
+//! The goldens were made with the Hugging Face tokenizer of the model; the tokenizer built from the GGUF
+//! file's metadata must give the same ids. Control-token text written by a user must not become a control token.
+
+mod chat;
+mod goldens;
