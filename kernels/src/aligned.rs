@@ -1,0 +1,147 @@
+//! Memory aligned to cache lines, so that a 64-byte vector load never crosses one. Holds the packed panels of
+//! `matrix`, the pairs of `lora` and the pages of `kv`; knows nothing of what is in it.
+
+use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
+
+/// One cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+const _: () = assert!(size_of::<Line>() == 64 && align_of::<Line>() == 64);
+
+/// Number types without padding, for which every bit pattern is a value.
+///
+/// # Safety
+/// Implementors are such types, and their alignment divides 64.
+pub(crate) unsafe trait Plain: Copy {}
+
+// SAFETY: integers and floats, aligned to at most 4 bytes.
+unsafe impl Plain for u8 {}
+// SAFETY: as above.
+unsafe impl Plain for i8 {}
+// SAFETY: as above.
+unsafe impl Plain for u16 {}
+// SAFETY: as above.
+unsafe impl Plain for i32 {}
+// SAFETY: as above.
+unsafe impl Plain for f32 {}
+
+/// A zero-initialised buffer whose first byte starts a cache line.
+#[derive(Clone, Default)]
+pub(crate) struct Aligned {
+    lines: Vec<Line>,
+}
+
+// === impl Aligned ===
+
+impl Aligned {
+    /// `n` zeros of type `T`, rounded up to whole lines.
+    pub(crate) fn zeros<T: Plain>(n: usize) -> Self {
+        let bytes = n.checked_mul(size_of::<T>()).expect("a buffer size fits the address space");
+        let n_lines = bytes.div_ceil(64);
+        if n_lines == 0 {
+            return Self::default();
+        }
+        let layout = Layout::array::<Line>(n_lines).expect("a buffer size fits the address space");
+        // Not `vec![…]`, which would write every page: a large KV pool costs memory only where it is used.
+        // SAFETY: the layout is not empty; zeros are a valid `Line`; pointer, length and capacity are what `Vec` with
+        // the global allocator and this layout expects.
+        let lines = unsafe {
+            let ptr = alloc_zeroed(layout);
+            if ptr.is_null() {
+                handle_alloc_error(layout);
+            }
+            Vec::from_raw_parts(ptr.cast::<Line>(), n_lines, n_lines)
+        };
+        Self { lines }
+    }
+
+    /// Makes room for at least `n` values; keeps what is there when it is enough already.
+    pub(crate) fn grow<T: Plain>(&mut self, n: usize) {
+        let lines = (n * size_of::<T>()).div_ceil(64);
+        if self.lines.len() < lines {
+            self.lines.resize(lines, Line([0; 64]));
+        }
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.lines.len() * 64
+    }
+
+    /// The whole buffer as numbers.
+    pub(crate) fn view<T: Plain>(&self) -> &[T] {
+        // SAFETY: `Plain` types accept any bytes and are aligned by 64; the length covers whole lines only.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.bytes() / size_of::<T>()) }
+    }
+
+    /// The whole buffer as numbers, writable.
+    pub(crate) fn view_mut<T: Plain>(&mut self) -> &mut [T] {
+        // SAFETY: as in `view`, and the borrow is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.bytes() / size_of::<T>()) }
+    }
+
+    /// Overwrites everything with zeros in a way the compiler may not leave out.
+    pub(crate) fn clear(&mut self) {
+        for line in &mut self.lines {
+            // SAFETY: a valid, exclusive reference.
+            unsafe { std::ptr::write_volatile(line, Line([0; 64])) };
+        }
+        std::sync::atomic::compiler_fence(std::sync::atomic::Ordering::SeqCst);
+    }
+}
+
+impl std::fmt::Debug for Aligned {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Aligned({} bytes)", self.bytes())
+    }
+}
+
+/// An output matrix `[n_rows, n_cols]` that several threads write, each its own rows and columns.
+#[derive(Clone, Copy)]
+pub(crate) struct OutMat {
+    ptr: *mut f32,
+    n_rows: usize,
+    n_cols: usize,
+}
+
+// SAFETY: threads reach the memory only through `cols`, whose contract forbids overlap.
+unsafe impl Send for OutMat {}
+// SAFETY: as above.
+unsafe impl Sync for OutMat {}
+
+// === impl OutMat ===
+
+impl OutMat {
+    /// # Panics
+    /// When the slice does not have `n_rows * n_cols` values.
+    pub(crate) fn new(out: &mut [f32], n_rows: usize, n_cols: usize) -> Self {
+        assert_eq!(out.len(), n_rows * n_cols, "output is not [{n_rows}, {n_cols}]");
+        Self { ptr: out.as_mut_ptr(), n_rows, n_cols }
+    }
+
+    /// Columns `start..start + len` of a row.
+    ///
+    /// # Safety
+    /// The slice given to `new` is still borrowed for this, and no other thread holds any of these columns.
+    #[expect(clippy::mut_from_ref, reason = "disjointness is the caller's promise")]
+    pub(crate) unsafe fn cols(&self, row: usize, start: usize, len: usize) -> &mut [f32] {
+        debug_assert!(row < self.n_rows && start + len <= self.n_cols);
+        // SAFETY: inside the slice checked in `new`; exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.add(row * self.n_cols + start), len) }
+    }
+
+    /// As [`OutMat::cols`], to read what earlier tasks wrote.
+    ///
+    /// # Safety
+    /// The slice given to `new` is still borrowed for this, and no thread writes these columns meanwhile.
+    pub(crate) unsafe fn cols_shared(&self, row: usize, start: usize, len: usize) -> &[f32] {
+        debug_assert!(row < self.n_rows && start + len <= self.n_cols);
+        // SAFETY: inside the slice checked in `new`; not written by the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.ptr.add(row * self.n_cols + start), len) }
+    }
+
+    pub(crate) fn n_cols(&self) -> usize {
+        self.n_cols
+    }
+}

@@ -1,0 +1,215 @@
+//! Keys and values of all sequences in pages of 16 positions, shared by all layers.
+//!
+//! Keys lie transposed, `[head_dim][16 positions]`, so that a vector lane is a position when scoring; values lie
+//! `[16 positions][head_dim]`, so that a lane is a dimension when mixing. The forward pass stores rows, `attention`
+//! reads them after rounding to the page's dtype. Who owns which page is decided elsewhere.
+
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+
+use crate::aligned::{Aligned, Plain};
+
+/// Positions per page: the lanes of a 512-bit vector of f32.
+pub const PAGE_TOKENS: usize = 16;
+
+/// f16 values converted at once.
+const CONVERT: usize = 64;
+
+/// How pages keep their values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum KvDtype {
+    /// As computed.
+    F32,
+    /// Rounded to half precision, to nearest even; beyond 65,504 to infinity.
+    F16,
+}
+
+/// Shape of the pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvLayout {
+    /// Layers.
+    pub n_layers: usize,
+    /// Key/value heads.
+    pub n_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Positions per page; must be [`PAGE_TOKENS`].
+    pub page_tokens: usize,
+    /// Kept as.
+    pub dtype: KvDtype,
+}
+
+/// All pages of a model: `[n_pages][n_layers][n_kv_heads]` blocks of keys `[head_dim][16]` and values `[16][head_dim]`.
+#[derive(Debug)]
+pub struct KvPool {
+    layout: KvLayout,
+    n_pages: usize,
+    data: Aligned,
+}
+
+// === impl KvDtype ===
+
+impl KvDtype {
+    const fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 => 2,
+        }
+    }
+}
+
+// === impl KvLayout ===
+
+impl KvLayout {
+    /// Bytes of one page over all layers, keys and values.
+    pub fn bytes_per_page(&self) -> usize {
+        self.n_layers * self.n_kv_heads * self.block_len() * self.dtype.bytes()
+    }
+
+    /// Values of one head in one layer of a page: keys, then values.
+    fn block_len(&self) -> usize {
+        2 * self.head_dim * PAGE_TOKENS
+    }
+}
+
+// === impl KvPool ===
+
+impl KvPool {
+    /// Reserves `n_pages` pages of zeros; memory is touched when pages are first written.
+    ///
+    /// # Panics
+    /// When the layout has a zero size or other pages than [`PAGE_TOKENS`], or the size overflows.
+    pub fn new(layout: KvLayout, n_pages: usize) -> Self {
+        assert_eq!(layout.page_tokens, PAGE_TOKENS, "pages have {PAGE_TOKENS} positions");
+        assert!(layout.n_layers > 0 && layout.n_kv_heads > 0 && layout.head_dim > 0, "an empty layout: {layout:?}");
+        let bytes = layout.bytes_per_page().checked_mul(n_pages).expect("the pool's size fits the address space");
+        Self { layout, n_pages, data: Aligned::zeros::<u8>(bytes) }
+    }
+
+    /// Shape.
+    pub fn layout(&self) -> &KvLayout {
+        &self.layout
+    }
+
+    /// Pages; ids are `0..n_pages`.
+    pub fn n_pages(&self) -> usize {
+        self.n_pages
+    }
+
+    /// Bytes of one page over all layers.
+    pub fn bytes_per_page(&self) -> usize {
+        self.layout.bytes_per_page()
+    }
+
+    /// Writes one position: `k` and `v` `[n_kv_heads * head_dim]` into slot `slot` of a page.
+    ///
+    /// # Panics
+    /// When layer, page or slot do not exist or a length does not fit.
+    pub fn store(&mut self, layer: usize, page: u32, slot: usize, k: &[f32], v: &[f32]) {
+        let KvLayout { n_layers, n_kv_heads, head_dim, dtype, .. } = self.layout;
+        assert!(layer < n_layers && (page as usize) < self.n_pages && slot < PAGE_TOKENS, "no such place");
+        assert!(k.len() == n_kv_heads * head_dim && v.len() == k.len(), "k and v are not [{n_kv_heads} * {head_dim}]");
+        for head in 0..n_kv_heads {
+            let base = self.block(layer, page, head);
+            let (k, v) = (&k[head * head_dim..][..head_dim], &v[head * head_dim..][..head_dim]);
+            let values = base + head_dim * PAGE_TOKENS + slot * head_dim;
+            match dtype {
+                KvDtype::F32 => {
+                    let data = self.data.view_mut::<f32>();
+                    data[values..values + head_dim].copy_from_slice(v);
+                    scatter(&mut data[base..base + head_dim * PAGE_TOKENS], slot, k);
+                }
+                KvDtype::F16 => {
+                    let data = self.data.view_mut::<u16>();
+                    for (i, (k, v)) in k.chunks(CONVERT).zip(v.chunks(CONVERT)).enumerate() {
+                        let first = i * CONVERT;
+                        let keys = &mut data[base + first * PAGE_TOKENS..][..k.len() * PAGE_TOKENS];
+                        scatter(keys, slot, &to_half(k)[..k.len()]);
+                        data[values + first..][..v.len()].copy_from_slice(&to_half(v)[..v.len()]);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Fills a page with NaN, so that reading it by mistake shows.
+    ///
+    /// # Panics
+    /// When the page does not exist.
+    pub fn poison(&mut self, page: u32) {
+        assert!((page as usize) < self.n_pages, "no page {page}");
+        let n = self.bytes_per_page() / self.layout.dtype.bytes();
+        let at = page as usize * n;
+        match self.layout.dtype {
+            KvDtype::F32 => self.data.view_mut::<f32>()[at..at + n].fill(f32::NAN),
+            KvDtype::F16 => self.data.view_mut::<u16>()[at..at + n].fill(f16::NAN.to_bits()),
+        }
+    }
+
+    /// Index of the first value of a head's block in a page.
+    fn block(&self, layer: usize, page: u32, head: usize) -> usize {
+        let KvLayout { n_layers, n_kv_heads, .. } = self.layout;
+        ((page as usize * n_layers + layer) * n_kv_heads + head) * self.layout.block_len()
+    }
+
+    /// Keys `[head_dim][16]` and values `[16][head_dim]` of a head in a page, as stored numbers of `dtype`.
+    pub(crate) fn head<T: Plain>(&self, layer: usize, page: u32, head: usize) -> (&[T], &[T]) {
+        debug_assert_eq!(size_of::<T>(), self.layout.dtype.bytes());
+        let block = &self.data.view::<T>()[self.block(layer, page, head)..][..self.layout.block_len()];
+        block.split_at(self.layout.head_dim * PAGE_TOKENS)
+    }
+}
+
+/// Writes `k` into one slot of transposed keys.
+fn scatter<T: Copy>(keys: &mut [T], slot: usize, k: &[T]) {
+    for (lanes, &k) in keys.chunks_exact_mut(PAGE_TOKENS).zip(k) {
+        lanes[slot] = k;
+    }
+}
+
+fn to_half(values: &[f32]) -> [u16; CONVERT] {
+    let mut halves = [f16::ZERO; CONVERT];
+    halves[..values.len()].convert_from_f32_slice(values);
+    halves.map(f16::to_bits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stored_rows_come_back_rounded_and_poison_reaches_one_page_only() {
+        for dtype in [KvDtype::F32, KvDtype::F16] {
+            let layout = KvLayout { n_layers: 2, n_kv_heads: 3, head_dim: 72, page_tokens: 16, dtype };
+            let mut kv = KvPool::new(layout, 3);
+            let k: Vec<f32> = (0..216).map(|i| i as f32 / 7.0).collect();
+            let v: Vec<f32> = (0..216).map(|i| -(i as f32) / 3.0).collect();
+            kv.store(1, 2, 5, &k, &v);
+            kv.poison(1);
+            let read = |keys: bool, layer, page, head, d: usize, slot: usize| {
+                let at = if keys { d * 16 + slot } else { slot * 72 + d };
+                match dtype {
+                    KvDtype::F32 => {
+                        let (k, v) = kv.head::<f32>(layer, page, head);
+                        if keys { k[at] } else { v[at] }
+                    }
+                    KvDtype::F16 => {
+                        let (k, v) = kv.head::<u16>(layer, page, head);
+                        f16::from_bits(if keys { k[at] } else { v[at] }).to_f32()
+                    }
+                }
+            };
+            let rounded = |x: f32| if dtype == KvDtype::F16 { f16::from_f32(x).to_f32() } else { x };
+            for head in 0..3 {
+                for d in 0..72 {
+                    assert_eq!(read(true, 1, 2, head, d, 5), rounded(k[head * 72 + d]));
+                    assert_eq!(read(false, 1, 2, head, d, 5), rounded(v[head * 72 + d]));
+                    assert_eq!(read(true, 1, 2, head, d, 4), 0.0);
+                    assert_eq!(read(true, 0, 2, head, d, 5), 0.0);
+                    assert!(read(true, 0, 1, head, d, 0).is_nan() && read(false, 1, 1, head, d, 15).is_nan());
+                }
+            }
+            assert_eq!(kv.bytes_per_page(), 2 * 3 * 2 * 72 * 16 * if dtype == KvDtype::F32 { 4 } else { 2 });
+        }
+    }
+}

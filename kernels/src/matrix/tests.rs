@@ -1,0 +1,131 @@
+//! Packed values against candle's own quantiser and dequantiser, and refusals.
+
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
+use half::{bf16, f16};
+
+use super::*;
+use crate::testing::Noise;
+
+fn candle_dtype(kind: BlockType) -> GgmlDType {
+    match kind {
+        BlockType::Q4_0 => GgmlDType::Q4_0,
+        BlockType::Q4_1 => GgmlDType::Q4_1,
+        BlockType::Q5_0 => GgmlDType::Q5_0,
+        BlockType::Q5_1 => GgmlDType::Q5_1,
+        BlockType::Q8_0 => GgmlDType::Q8_0,
+        BlockType::Q2K => GgmlDType::Q2K,
+        BlockType::Q3K => GgmlDType::Q3K,
+        BlockType::Q4K => GgmlDType::Q4K,
+        BlockType::Q5K => GgmlDType::Q5K,
+        BlockType::Q6K => GgmlDType::Q6K,
+    }
+}
+
+#[test]
+fn dequantised_rows_equal_candles_bit_for_bit_in_every_format() {
+    let (n_out, n_in) = (21, 512);
+    let weights = Noise::new(7).values(n_out * n_in);
+    for kind in BlockType::ALL {
+        let tensor = Tensor::from_vec(weights.clone(), (n_out, n_in), &Device::Cpu).unwrap();
+        let quantised = QTensor::quantize(&tensor, candle_dtype(kind)).unwrap();
+        let expected = quantised.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let order: Vec<u32> = (0..n_out as u32).rev().collect();
+        for rows in [None, Some(order.as_slice())] {
+            let matrix = Matrix::from_blocks(n_out, n_in, kind, &quantised.data().unwrap(), rows).unwrap();
+            let mut row = vec![0.0; n_in];
+            for i in 0..n_out {
+                matrix.row(i, &mut row);
+                let source = rows.map_or(i, |rows| rows[i] as usize);
+                for (k, (a, b)) in row.iter().zip(&expected[source * n_in..]).enumerate() {
+                    assert_eq!(a.to_bits(), b.to_bits(), "{kind:?} row {i} input {k}: {a} {b}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_bit_of_a_block_counts() {
+    // Random bytes reach code and scale patterns a quantiser never writes.
+    let mut noise = Noise::new(11);
+    for kind in BlockType::ALL {
+        let mut bytes: Vec<u8> = (0..kind.block_bytes() * 4).map(|_| noise.bits() as u8).collect();
+        for block in bytes.chunks_exact_mut(kind.block_bytes()) {
+            let halves: &[usize] = match kind {
+                BlockType::Q4_0 | BlockType::Q5_0 | BlockType::Q8_0 => &[0],
+                BlockType::Q4_1 | BlockType::Q5_1 | BlockType::Q4K | BlockType::Q5K => &[0, 2],
+                BlockType::Q2K => &[80, 82],
+                BlockType::Q3K => &[108],
+                BlockType::Q6K => &[208],
+            };
+            for &at in halves {
+                block[at..at + 2].copy_from_slice(&f16::from_f32(noise.value()).to_le_bytes());
+            }
+        }
+        let n_in = kind.block_len() * 2;
+        let matrix = Matrix::from_blocks(2, n_in, kind, &bytes, None).unwrap();
+        let tensor = candle_core::quantized::ggml_file::qtensor_from_ggml(
+            candle_dtype(kind),
+            &bytes,
+            vec![2, n_in],
+            &Device::Cpu,
+        )
+        .unwrap();
+        let expected = tensor.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let mut row = vec![0.0; n_in];
+        for i in 0..2 {
+            matrix.row(i, &mut row);
+            let same = row.iter().zip(&expected[i * n_in..]).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "{kind:?}");
+        }
+    }
+}
+
+#[test]
+fn dense_matrices_keep_their_values_and_dtype() {
+    let (n_out, n_in) = (19, 7);
+    let values = Noise::new(3).values(n_out * n_in);
+    let halves: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();
+    let brains: Vec<bf16> = values.iter().map(|&v| bf16::from_f32(v)).collect();
+    let dense = Matrix::from_f32(n_out, n_in, &values, None).unwrap();
+    let half = Matrix::from_f16(n_out, n_in, &halves, None).unwrap();
+    let brain = Matrix::from_bf16(n_out, n_in, &brains, None).unwrap();
+    let mut row = vec![0.0; n_in];
+    for i in 0..n_out {
+        dense.row(i, &mut row);
+        assert_eq!(row, values[i * n_in..][..n_in]);
+        half.row(i, &mut row);
+        assert!(row.iter().zip(&halves[i * n_in..]).all(|(a, b)| *a == b.to_f32()));
+        brain.row(i, &mut row);
+        assert!(row.iter().zip(&brains[i * n_in..]).all(|(a, b)| *a == b.to_f32()));
+    }
+    assert!(half.bytes() < dense.bytes());
+}
+
+#[test]
+fn four_bit_weights_stay_four_bit() {
+    let (n_out, n_in) = (64, 256);
+    let matrix = Matrix::from_blocks(n_out, n_in, BlockType::Q4_1, &vec![0; n_out * n_in / 32 * 20], None).unwrap();
+    assert_eq!(matrix.bytes(), n_out * n_in / 32 * 20);
+}
+
+#[test]
+fn wrong_sizes_orders_and_scales_are_refused() {
+    let length = Matrix::from_f32(2, 3, &[0.0; 5], None).unwrap_err();
+    assert_eq!(length.to_string(), "a [2, 3] matrix of f32 takes 6 values, got 5");
+    let partial = Matrix::from_blocks(1, 48, BlockType::Q8_0, &[0; 51], None).unwrap_err();
+    assert_eq!(partial.to_string(), "rows of 48 weights are no whole blocks of 32");
+    assert!(matches!(
+        Matrix::from_blocks(2, 32, BlockType::Q8_0, &[0; 34], None),
+        Err(MatrixError::Length { expected: 68, got: 34, .. })
+    ));
+    assert!(matches!(Matrix::from_f32(2, 1, &[0.0; 2], Some(&[0])), Err(MatrixError::RowOrder { .. })));
+    assert!(matches!(Matrix::from_f32(2, 1, &[0.0; 2], Some(&[0, 2])), Err(MatrixError::RowOrder { .. })));
+    assert!(matches!(Matrix::from_f32(0, 1, &[], None), Err(MatrixError::Shape { .. })));
+    assert!(matches!(Matrix::from_f32(usize::MAX, 2, &[], None), Err(MatrixError::Shape { .. })));
+    let mut damaged = [0; 34];
+    damaged[..2].copy_from_slice(&f16::INFINITY.to_le_bytes());
+    let error = Matrix::from_blocks(1, 32, BlockType::Q8_0, &damaged, None).unwrap_err();
+    assert_eq!(error, MatrixError::NotFinite { row: 0 });
+}
