@@ -60,6 +60,8 @@ pub struct FairQueue<T> {
     /// Where a class that was empty starts when no other waits.
     class_floor: VirtualTime,
     view_epoch: Option<u64>,
+    /// The last pick held somebody back for one who waits for a slot.
+    draining: bool,
     rate: DrainRate,
     swept_at: Option<Instant>,
 }
@@ -84,6 +86,7 @@ impl<T> FairQueue<T> {
             next_seq: 0,
             class_floor: VirtualTime::default(),
             view_epoch: None,
+            draining: false,
             rate: DrainRate::default(),
             swept_at: None,
         }

@@ -114,9 +114,7 @@ impl<T> Queue<T> {
 
     /// The next request in fair order; see [`FairQueue::next`].
     pub fn next(&self, now: Instant, room: Room, view: &mut dyn AdapterView) -> Option<Picked<T>> {
-        let picked = self.0.core.lock().next(now, room, view)?;
-        metrics::picked(picked.item.tier, picked.waited);
-        Some(picked)
+        self.0.core.lock().next(now, room, view)
     }
 
     /// Undoes a pick whose adapter could not be leased; see [`FairQueue::put_back`].
@@ -144,9 +142,11 @@ impl<T> Queue<T> {
         self.0.core.lock().cancel(id)
     }
 
-    /// The next `k` adapters in fair order, for [prefetching](FairQueue::wanted).
-    pub fn wanted(&self, k: usize) -> Vec<ContentHash> {
-        self.0.core.lock().wanted(k)
+    /// The next `k` adapters in [fair order](FairQueue::wanted), and whether their slots must be
+    /// [drained](FairQueue::draining): what the adapter cache is told before or after each pull.
+    pub fn wanted(&self, k: usize) -> (Vec<ContentHash>, bool) {
+        let core = self.0.core.lock();
+        (core.wanted(k), core.draining())
     }
 
     /// What passed its deadline while waiting; the caller answers it.

@@ -132,7 +132,7 @@ pub struct FairConfig {
     /// What is reserved and unused stays free: latency for one class, paid in throughput of the others.
     pub class_sequences_reserved: [u32; 3],
     /// How far (weighted tokens at weight 1) those whose adapter is resident may run ahead of one who waits
-    /// for a slot; default 2048, about five chat turns. Small is fair, large loads adapters less often.
+    /// for a slot; default 4096, about ten chat turns. Small is fair, large loads adapters less often.
     pub pass_tokens_max: u64,
     /// How much unused share (weighted tokens at weight 1) a backlogged tenant can save up while its own
     /// concurrency cap keeps it back; default 16,384.
@@ -151,7 +151,7 @@ impl Default for FairConfig {
             decode_weight: 2,
             class_weights: [1, 2, 2],
             class_sequences_reserved: [0; 3],
-            pass_tokens_max: 2048,
+            pass_tokens_max: 4096,
             credit_tokens_max: 16_384,
             waiting_max: 10_000,
             forget_after: Duration::from_secs(600),

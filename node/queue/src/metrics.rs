@@ -1,9 +1,8 @@
 //! Every metric of this crate and exactly when it moves. Labels: `tier`, `reason`; tenants are told apart in
-//! [`crate::fair::QueueStats`], so that their number cannot blow up the exposition.
+//! [`crate::fair::QueueStats`], so that their number cannot blow up the exposition. How long
+//! requests waited is observed by the gateway, which knows them all.
 
-use std::time::Duration;
-
-use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics::{counter, describe_counter, describe_gauge, gauge};
 use shared::tenant::Tier;
 
 use crate::fair::QueueStats;
@@ -13,7 +12,6 @@ const SUBMITTED: &str = "tenantry_queue_requests_submitted_total";
 const REFUSED: &str = "tenantry_queue_requests_refused_total";
 const CANCELLED: &str = "tenantry_queue_requests_cancelled_total";
 const EXPIRED: &str = "tenantry_queue_requests_expired_total";
-const WAIT: &str = "tenantry_queue_wait_seconds";
 const WAITING: &str = "tenantry_queue_waiting_requests";
 const TENANTS: &str = "tenantry_queue_waiting_tenants";
 const RUNNING: &str = "tenantry_queue_running_sequences";
@@ -25,7 +23,6 @@ pub fn describe() {
     describe_counter!(REFUSED, "requests refused at the queue's door, by reason");
     describe_counter!(CANCELLED, "requests whose client left while they waited");
     describe_counter!(EXPIRED, "requests whose deadline passed while they waited; they never reached the engine");
-    describe_histogram!(WAIT, "from admission to being picked, by tier; observed at each pick");
     describe_gauge!(WAITING, "requests that wait, by tier; sampled by the queue's timer");
     describe_gauge!(TENANTS, "tenants with a waiting request, by tier; sampled by the queue's timer");
     describe_gauge!(RUNNING, "sequences in the engine, by tier; sampled by the queue's timer");
@@ -55,10 +52,6 @@ pub(crate) fn expired(n_requests: usize) {
     if n_requests > 0 {
         counter!(EXPIRED).increment(n_requests as u64);
     }
-}
-
-pub(crate) fn picked(tier: Tier, waited: Duration) {
-    histogram!(WAIT, "tier" => tier.as_str()).record(waited.as_secs_f64());
 }
 
 pub(crate) fn sample(stats: &QueueStats) {

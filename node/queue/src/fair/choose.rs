@@ -58,6 +58,7 @@ impl<T> FairQueue<T> {
     /// why. Requests past their deadline are set aside for [`FairQueue::expire`] first.
     pub fn next(&mut self, now: Instant, room: Room, view: &mut dyn AdapterView) -> Option<Picked<T>> {
         self.collect_expired(now);
+        self.draining = false;
         if self.waiting.is_empty() || room.sequences == 0 {
             return None;
         }
@@ -119,8 +120,9 @@ impl<T> FairQueue<T> {
                 return Look::Take(route, residency);
             }
             budget.step_overs = budget.step_overs.saturating_sub(1);
-            let fits_cap = self.tenants.at(tenant).may_run(n_sequences);
-            if !fits_cap || (adapter.is_some() && self.is_barred(tenant, route, view)) {
+            let barred = adapter.is_some() && self.is_barred(tenant, route, view);
+            self.draining |= barred;
+            if barred || !self.tenants.at(tenant).may_run(n_sequences) {
                 if budget.step_overs == 0 {
                     return Look::Nothing;
                 }
@@ -191,6 +193,12 @@ impl<T> FairQueue<T> {
             let hash = self.head(route)?.adapter?;
             (view.residency(&hash) == Residency::NoSlot).then_some(service)
         })
+    }
+
+    /// Whether the last [`FairQueue::next`] held somebody back for one who waits for a slot: the cache may then
+    /// take slots from adapters that wait themselves, further back in the order.
+    pub fn draining(&self) -> bool {
+        self.draining
     }
 
     /// The next `k` distinct adapters in fair order, for the cache: what to keep, and what to load first.

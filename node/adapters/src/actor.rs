@@ -1,0 +1,169 @@
+//! `AdapterCacheActor`: performs the cache's commands off the hot path.
+//!
+//! Supervised by the node supervisor. Commands come from the cache's handle through its channel (a pump task
+//! turns them into messages), results come back from blocking threads; both are bounded by the loads allowed
+//! at once and by the adapters leaving, so the mailbox needs no further credit. A panicking loader is caught
+//! on its thread and is a failed load. What is resident lives in the cache, not here: if the actor ends, the
+//! cache goes on serving it but loads nothing more, so the supervisor replaces cache and actor together.
+
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+use shared::clock::Clock;
+use shared::hash::ContentHash;
+use tokio::sync::mpsc;
+
+use crate::cache::{Command, LoadJob, Loaded};
+use crate::handle::AdapterCache;
+use crate::loader::{LoadError, Loader};
+use crate::metrics;
+use crate::store::Store;
+
+/// Time between samples of metrics, and how late a want may end.
+pub const TICK: Duration = Duration::from_secs(1);
+
+/// What the actor is told.
+#[derive(Debug)]
+pub enum AdapterCacheMsg {
+    /// Sent by the pump: the cache wants something done.
+    Perform(Command),
+    /// Sent by a load's thread when it is done.
+    LoadFinished {
+        /// Which adapter.
+        hash: ContentHash,
+        /// What came of it.
+        result: Result<Loaded, LoadError>,
+    },
+    /// Sent by its own timer.
+    Tick,
+}
+
+/// What the actor needs to start.
+pub struct AdapterCacheArgs {
+    /// The cache it works for.
+    pub cache: AdapterCache,
+    /// The cache's commands, from [`AdapterCache::new`].
+    pub commands: mpsc::UnboundedReceiver<Command>,
+    /// Does the loading.
+    pub loader: Arc<dyn Loader>,
+    /// Where it reads the time.
+    pub clock: Arc<dyn Clock>,
+    /// For the disk tier's size in the metrics.
+    pub store: Option<Store>,
+}
+
+impl fmt::Debug for AdapterCacheArgs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AdapterCacheArgs").field("cache", &self.cache).finish_non_exhaustive()
+    }
+}
+
+/// The actor.
+#[derive(Debug, Default)]
+pub struct AdapterCacheActor;
+
+/// The actor's working state.
+pub struct AdapterCacheState {
+    cache: AdapterCache,
+    loader: Arc<dyn Loader>,
+    clock: Arc<dyn Clock>,
+    store: Option<Store>,
+}
+
+impl Actor for AdapterCacheActor {
+    type Msg = AdapterCacheMsg;
+    type State = AdapterCacheState;
+    type Arguments = AdapterCacheArgs;
+
+    async fn pre_start(
+        &self,
+        myself: ActorRef<Self::Msg>,
+        args: Self::Arguments,
+    ) -> Result<Self::State, ActorProcessingErr> {
+        metrics::describe();
+        let AdapterCacheArgs { cache, mut commands, loader, clock, store } = args;
+        myself.send_interval(TICK, || AdapterCacheMsg::Tick);
+        tokio::spawn(async move {
+            while let Some(command) = commands.recv().await {
+                if myself.cast(AdapterCacheMsg::Perform(command)).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(AdapterCacheState { cache, loader, clock, store })
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<Self::Msg>,
+        message: Self::Msg,
+        state: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            AdapterCacheMsg::Perform(Command::Load(job)) => state.on_load(myself, job),
+            AdapterCacheMsg::Perform(Command::Retire(retired)) => {
+                // Wiping tens of megabytes takes milliseconds.
+                tokio::task::spawn_blocking(move || drop(retired));
+            }
+            AdapterCacheMsg::LoadFinished { hash, result } => state.on_load_finished(hash, result),
+            AdapterCacheMsg::Tick => {
+                state.cache.expire_wants();
+                metrics::sample(&state.cache.stats(), state.store.as_ref().map(Store::used_bytes));
+            }
+        }
+        Ok(())
+    }
+}
+
+// === impl AdapterCacheState ===
+
+impl AdapterCacheState {
+    fn on_load(&self, myself: ActorRef<AdapterCacheMsg>, job: LoadJob) {
+        let (loader, clock) = (Arc::clone(&self.loader), Arc::clone(&self.clock));
+        tokio::task::spawn_blocking(move || {
+            let hash = job.hash;
+            let tier = match (&job.host, job.pack) {
+                (Some(_), _) => "host",
+                (None, true) => "disk",
+                (None, false) => "prefetch",
+            };
+            let started = clock.now();
+            let result = perform(loader.as_ref(), job);
+            if result.is_ok() {
+                metrics::loaded(tier, clock.now().saturating_duration_since(started));
+            }
+            // A stopped actor has no use for it; its memory goes here.
+            let _ = myself.cast(AdapterCacheMsg::LoadFinished { hash, result });
+        });
+    }
+
+    fn on_load_finished(&self, hash: ContentHash, result: Result<Loaded, LoadError>) {
+        match &result {
+            Ok(_) => tracing::debug!(adapter = %hash.short(), "adapter loaded"),
+            Err(error) => tracing::warn!(adapter = %hash.short(), %error, "adapter failed to load"),
+        }
+        self.cache.finished(hash, result);
+    }
+}
+
+/// Runs one load; a panic in the loader is a failed load, not the end of the cache.
+pub fn perform(loader: &dyn Loader, job: LoadJob) -> Result<Loaded, LoadError> {
+    let attempt = || {
+        let files = match &job.host {
+            Some(files) => Arc::clone(files),
+            None => Arc::new(loader.fetch(&job.owner, &job.hash)?),
+        };
+        let packed = if job.pack { Some(Arc::new(loader.pack(&job.hash, &files)?)) } else { None };
+        if packed.as_ref().is_some_and(|packed| packed.hash != job.hash) {
+            return Err(LoadError::Damaged);
+        }
+        Ok(Loaded { files, packed })
+    };
+    catch_unwind(AssertUnwindSafe(attempt)).unwrap_or_else(|_| {
+        tracing::error!(adapter = %job.hash.short(), "the adapter loader panicked");
+        Err(LoadError::Panicked)
+    })
+}

@@ -1,0 +1,608 @@
+//! What is resident, what is loaded next and what makes room: the cache's decisions, pure.
+//!
+//! Two tiers live here. **Engine**: packed adapters in numbered slots; a slot's generation changes whenever
+//! its adapter does. **Host**: verified file bytes, so that coming back costs no disk and no decryption. The
+//! third tier, disk, is [`crate::store`].
+//!
+//! Callers ask ([`CacheCore::want`], [`CacheCore::prefer`], [`CacheCore::lease`]) and report
+//! ([`CacheCore::release`], [`CacheCore::finished`]); what must be done comes out of
+//! [`CacheCore::take_commands`]. Called under the handle's lock; no clock, no I/O, no adapter is freed here
+//! (they leave in [`Command::Retire`], since wiping megabytes takes milliseconds).
+//!
+//! Who goes: only slots without a lease, and among them first those nobody waits for, in two segments. A
+//! newcomer is on *probation* until its second lease; one-off visitors and pre-warmed adapters push out each
+//! other, not the adapters in daily use. The protected segment is at most three quarters of the slots, so
+//! that yesterday's favourites step back down when today's arrive.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use model::adapter::LoraAdapter;
+use shared::hash::ContentHash;
+use shared::id::TenantId;
+
+use crate::loader::{HostFiles, LoadError};
+use crate::residency::Warmth;
+
+mod plan;
+mod host;
+#[cfg(test)]
+mod tests;
+
+/// First wait after a failed load; doubles with every further failure.
+pub const RETRY_FIRST: Duration = Duration::from_secs(1);
+/// Longest wait after failed loads: a repaired store is noticed within this time.
+pub const RETRY_MAX: Duration = Duration::from_secs(60);
+/// Failed adapters remembered; beyond it the longest known is forgotten and simply tried again.
+pub const FAILURES_MAX: usize = 4096;
+
+/// Budgets of the cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CacheConfig {
+    /// Adapters in engine memory at once, at least 1.
+    pub slots: usize,
+    /// Bytes of packed adapters.
+    pub engine_bytes: usize,
+    /// Bytes of file contents; 0 turns the host tier off.
+    pub host_bytes: usize,
+    /// Loads under way at once, at least 1: more would only share the same disk and cores.
+    pub loads_at_once: usize,
+}
+
+/// Whose files to load: decides which key opens them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Owner {
+    /// The tenant that uploaded the adapter.
+    pub tenant: TenantId,
+}
+
+/// Why an adapter is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Urgency {
+    /// A request for it waits; keep trying until then.
+    Queued {
+        /// The request's deadline.
+        until: Instant,
+    },
+    /// It may be needed soon: takes only free or probation slots, a quarter of all at most.
+    Prewarm,
+}
+
+/// Work for the shell.
+#[derive(Debug)]
+pub enum Command {
+    /// Bring this adapter into its slot; answer with [`CacheCore::finished`].
+    Load(LoadJob),
+    /// Free this, off the hot path.
+    Retire(Retired),
+}
+
+/// One load. At most one per adapter is under way.
+#[derive(Debug, Clone)]
+pub struct LoadJob {
+    /// Which.
+    pub hash: ContentHash,
+    /// Whose.
+    pub owner: Owner,
+    /// Its files if they are in host memory already.
+    pub host: Option<Arc<HostFiles>>,
+    /// False: only the host tier is filled, ahead of a slot.
+    pub pack: bool,
+}
+
+/// Memory on its way out.
+#[derive(Debug)]
+pub enum Retired {
+    /// From an engine slot.
+    Packed(Arc<LoraAdapter>),
+    /// From the host tier.
+    Files(Arc<HostFiles>),
+}
+
+/// What a load brought.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The verified files.
+    pub files: Arc<HostFiles>,
+    /// The packed adapter, if packing was asked for.
+    pub packed: Option<Arc<LoraAdapter>>,
+}
+
+/// Counts since start and sizes now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CacheStats {
+    /// Queued wants that found their adapter in the engine.
+    pub hits: u64,
+    /// Queued wants that did not.
+    pub misses: u64,
+    /// Loads that put an adapter into a slot.
+    pub loads: u64,
+    /// Loads that failed.
+    pub failures: u64,
+    /// Adapters that left the engine tier.
+    pub evictions: u64,
+    /// Adapters in the engine tier.
+    pub resident: usize,
+    /// Of these, with a lease.
+    pub leased: usize,
+    /// Loads under way.
+    pub loading: usize,
+    /// Bytes in the engine tier.
+    pub engine_bytes: usize,
+    /// Adapters in the host tier.
+    pub hosted: usize,
+    /// Bytes in the host tier.
+    pub host_bytes: usize,
+}
+
+/// A slot of the engine tier.
+#[derive(Debug, Default)]
+struct Slot {
+    /// Counts up with every change of adapter.
+    generation: u64,
+    occupant: Option<Occupant>,
+}
+
+#[derive(Debug)]
+struct Occupant {
+    hash: ContentHash,
+    /// `None` while it loads.
+    adapter: Option<Arc<LoraAdapter>>,
+    leases: u32,
+    /// Leases ever given here; two make it protected.
+    uses: u32,
+    protected: bool,
+    prewarmed: bool,
+    /// Never leased again; goes with its last lease.
+    doomed: bool,
+    /// Bytes of the budget it takes: its size, or while it loads what is reserved for it.
+    bytes: usize,
+    used_at: u64,
+}
+
+/// What is known of one adapter.
+#[derive(Debug)]
+struct Entry {
+    owner: Owner,
+    slot: Option<u32>,
+    job: Option<Job>,
+    host: Option<HostPlace>,
+    failure: Option<Failure>,
+    /// Until when requests for it may wait; its owner is remembered that long.
+    wanted_until: Option<Instant>,
+    /// Place among those that asked and had no lease since.
+    want_seq: Option<u64>,
+    /// Packed size, once known.
+    packed_bytes: Option<usize>,
+    /// What the index was told last.
+    shown: Warmth,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Job {
+    /// The adapter was deleted meanwhile: what the job brings is thrown away.
+    doomed: bool,
+}
+
+#[derive(Debug)]
+struct HostPlace {
+    files: Arc<HostFiles>,
+    used_at: u64,
+}
+
+#[derive(Debug, Clone)]
+struct Failure {
+    error: LoadError,
+    attempts: u32,
+    retry_at: Instant,
+    /// Someone asked after the back-off: it counts as wanted again, not as failed.
+    retrying: bool,
+    at: u64,
+}
+
+impl Entry {
+    fn new(owner: Owner) -> Self {
+        Self {
+            owner,
+            slot: None,
+            job: None,
+            host: None,
+            failure: None,
+            wanted_until: None,
+            want_seq: None,
+            packed_bytes: None,
+            shown: Warmth::Absent,
+        }
+    }
+}
+
+/// The core of the adapter cache.
+#[derive(Debug)]
+pub struct CacheCore {
+    config: CacheConfig,
+    slots: Vec<Slot>,
+    entries: HashMap<ContentHash, Entry>,
+    /// Adapters that were asked for and had no lease since, in order of asking.
+    wants: BTreeMap<u64, ContentHash>,
+    /// When wants end.
+    want_ends: BTreeSet<(Instant, ContentHash)>,
+    /// Adapters to warm ahead of time that have no slot.
+    prewarms: BTreeSet<ContentHash>,
+    /// Adapters with a slot whose load has not started, in order of assignment.
+    to_load: BTreeMap<u64, ContentHash>,
+    /// Waiting adapters whose files are not in host memory, in order of asking.
+    to_fetch: BTreeMap<u64, ContentHash>,
+    /// Host tier, least recently used first.
+    host_order: BTreeMap<u64, ContentHash>,
+    failures: BTreeMap<u64, ContentHash>,
+    /// The queue's fair order and each adapter's place in it.
+    order: Vec<ContentHash>,
+    places: HashMap<ContentHash, usize>,
+    /// The queue holds back who is resident: their slots may go to who is ahead.
+    drain: bool,
+    engine_bytes: usize,
+    host_bytes: usize,
+    n_jobs: usize,
+    tick: u64,
+    epoch: u64,
+    commands: Vec<Command>,
+    changes: Vec<(ContentHash, Warmth)>,
+    stats: CacheStats,
+}
+
+/// What [`CacheCore::lease`] answers.
+#[derive(Debug)]
+pub enum CoreLease {
+    /// Leased: adapter, slot, generation.
+    Leased(Arc<LoraAdapter>, u32, u64),
+    /// Not now.
+    Missing(Warmth),
+    /// Not before the back-off has passed.
+    Failed(LoadError),
+}
+
+// === impl CacheCore ===
+
+impl CacheCore {
+    /// An empty cache.
+    pub fn new(config: CacheConfig) -> Self {
+        let config = CacheConfig { slots: config.slots.max(1), loads_at_once: config.loads_at_once.max(1), ..config };
+        Self {
+            slots: (0..config.slots).map(|_| Slot::default()).collect(),
+            config,
+            entries: HashMap::new(),
+            wants: BTreeMap::new(),
+            want_ends: BTreeSet::new(),
+            prewarms: BTreeSet::new(),
+            to_load: BTreeMap::new(),
+            to_fetch: BTreeMap::new(),
+            host_order: BTreeMap::new(),
+            failures: BTreeMap::new(),
+            order: Vec::new(),
+            places: HashMap::new(),
+            drain: false,
+            engine_bytes: 0,
+            host_bytes: 0,
+            n_jobs: 0,
+            tick: 0,
+            epoch: 0,
+            commands: Vec::new(),
+            changes: Vec::new(),
+            stats: CacheStats::default(),
+        }
+    }
+
+    fn next_tick(&mut self) -> u64 {
+        self.tick += 1;
+        self.tick
+    }
+
+    /// Asks for an adapter: called when a request for it is queued, or ahead of time.
+    pub fn want(&mut self, now: Instant, hash: ContentHash, owner: Owner, urgency: Urgency) {
+        let tick = self.next_tick();
+        let resident = self.resident(&hash).is_some();
+        let entry = self.entries.entry(hash).or_insert_with(|| Entry::new(owner.clone()));
+        entry.owner = owner;
+        if let Urgency::Queued { until } = urgency {
+            if resident {
+                self.stats.hits += 1
+            } else {
+                self.stats.misses += 1
+            }
+            // Remembered even for a resident adapter: it may be evicted while the request waits.
+            let until = entry.wanted_until.map_or(until, |earlier| earlier.max(until));
+            if let Some(earlier) = entry.wanted_until.replace(until) {
+                self.want_ends.remove(&(earlier, hash));
+            }
+            self.want_ends.insert((until, hash));
+        }
+        match &mut entry.failure {
+            Some(failure) if now < failure.retry_at => return,
+            // Tried again, but the failure is forgotten only when a load succeeds.
+            Some(failure) => failure.retrying = true,
+            None => {}
+        }
+        if resident {
+            return;
+        }
+        match urgency {
+            Urgency::Queued { .. } => {
+                let seq = *entry.want_seq.get_or_insert(tick);
+                self.wants.insert(seq, hash);
+                if entry.host.is_none() && entry.slot.is_none() {
+                    self.to_fetch.insert(seq, hash);
+                }
+            }
+            Urgency::Prewarm if entry.slot.is_none() => {
+                self.prewarms.insert(hash);
+            }
+            Urgency::Prewarm => {}
+        }
+        self.show(hash);
+        self.plan(now);
+    }
+
+    /// The occupant that would be leased for `hash`.
+    fn resident(&self, hash: &ContentHash) -> Option<&Occupant> {
+        let slot = self.entries.get(hash)?.slot?;
+        self.slots[slot as usize].occupant.as_ref().filter(|occupant| occupant.adapter.is_some() && !occupant.doomed)
+    }
+
+    /// Takes over the queue's fair order of waiting adapters. With `drain`, slots of adapters that wait further
+    /// back may be given to those ahead as soon as no lease holds them.
+    pub fn prefer(&mut self, now: Instant, order: &[ContentHash], drain: bool) {
+        if self.order == order && self.drain == drain {
+            return;
+        }
+        self.order.clear();
+        self.order.extend_from_slice(order);
+        self.places = order.iter().enumerate().map(|(place, &hash)| (hash, place)).collect();
+        self.drain = drain;
+        self.plan(now);
+    }
+
+    /// Holds a resident adapter.
+    pub fn lease(&mut self, hash: &ContentHash) -> CoreLease {
+        let Some(entry) = self.entries.get_mut(hash) else { return CoreLease::Missing(Warmth::Absent) };
+        let occupant = entry.slot.and_then(|slot| self.slots[slot as usize].occupant.as_mut().map(|held| (slot, held)));
+        let Some((slot, occupant)) = occupant else {
+            return match &entry.failure {
+                Some(failure) if !failure.retrying => CoreLease::Failed(failure.error.clone()),
+                _ => CoreLease::Missing(entry.shown),
+            };
+        };
+        let adapter = match &occupant.adapter {
+            Some(adapter) if !occupant.doomed => Arc::clone(adapter),
+            _ => return CoreLease::Missing(entry.shown),
+        };
+        self.tick += 1;
+        occupant.used_at = self.tick;
+        occupant.leases += 1;
+        occupant.uses = occupant.uses.saturating_add(1);
+        occupant.prewarmed = false;
+        let promote = occupant.uses >= 2 && !occupant.protected;
+        if let Some(seq) = entry.want_seq.take() {
+            self.wants.remove(&seq);
+            self.to_fetch.remove(&seq);
+        }
+        if promote {
+            self.protect(slot);
+        }
+        CoreLease::Leased(adapter, slot, self.slots[slot as usize].generation)
+    }
+
+    /// A lease on (`slot`, `generation`) ended.
+    pub fn release(&mut self, now: Instant, slot: u32, generation: u64) {
+        let tick = self.next_tick();
+        let Some(place) = self.slots.get_mut(slot as usize).filter(|place| place.generation == generation) else {
+            shared::critical!("a lease on slot {slot} generation {generation} ended twice or was never given");
+            return;
+        };
+        let Some(occupant) = place.occupant.as_mut().filter(|occupant| occupant.leases > 0) else {
+            shared::critical!("a lease on slot {slot} ended that nobody held");
+            return;
+        };
+        occupant.leases -= 1;
+        occupant.used_at = tick;
+        if occupant.leases == 0 {
+            if occupant.doomed {
+                self.evict(slot);
+            }
+            self.plan(now);
+        }
+    }
+
+    /// A load ended.
+    pub fn finished(&mut self, now: Instant, hash: ContentHash, result: Result<Loaded, LoadError>) {
+        let Some(job) = self.entries.get_mut(&hash).and_then(|entry| entry.job.take()) else {
+            shared::critical!("a load of {hash:?} ended that was never started");
+            return;
+        };
+        self.n_jobs -= 1;
+        match result {
+            Ok(loaded) if job.doomed => {
+                self.retire_loaded(loaded);
+                self.note_failure(now, hash, LoadError::NotStored);
+            }
+            Ok(loaded) => self.place_loaded(now, hash, loaded),
+            Err(error) => self.note_failure(now, hash, error),
+        }
+        self.show(hash);
+        self.drop_unused(hash);
+        self.plan(now);
+    }
+
+    fn retire_loaded(&mut self, loaded: Loaded) {
+        self.commands.push(Command::Retire(Retired::Files(loaded.files)));
+        self.commands.extend(loaded.packed.map(|packed| Command::Retire(Retired::Packed(packed))));
+    }
+
+    fn note_failure(&mut self, now: Instant, hash: ContentHash, error: LoadError) {
+        self.vacate(hash);
+        self.stats.failures += 1;
+        let at = self.next_tick();
+        self.unwant(&hash);
+        let Some(entry) = self.entries.get_mut(&hash) else { return };
+        let attempts = entry.failure.as_ref().map_or(0, |failure| failure.attempts) + 1;
+        if let Some(failure) = &entry.failure {
+            self.failures.remove(&failure.at);
+        }
+        let wait = RETRY_FIRST.saturating_mul(1 << (attempts - 1).min(10)).min(RETRY_MAX);
+        entry.failure = Some(Failure { error, attempts, retry_at: now + wait, retrying: false, at });
+        self.failures.insert(at, hash);
+        if self.failures.len() > FAILURES_MAX
+            && let Some((_, oldest)) = self.failures.pop_first()
+        {
+            if let Some(entry) = self.entries.get_mut(&oldest) {
+                entry.failure = None;
+            }
+            self.show(oldest);
+            self.drop_unused(oldest);
+        }
+    }
+
+    /// Ends every claim of `hash` to a slot or a fetch.
+    fn unwant(&mut self, hash: &ContentHash) {
+        self.prewarms.remove(hash);
+        if let Some(seq) = self.entries.get_mut(hash).and_then(|entry| entry.want_seq.take()) {
+            self.wants.remove(&seq);
+            self.to_fetch.remove(&seq);
+        }
+    }
+
+    /// The adapter was deleted: no new lease, no load; its memory goes with its last lease. Requests that
+    /// wait for it meet [`LoadError::NotStored`].
+    pub fn forget(&mut self, now: Instant, hash: &ContentHash) {
+        let Some(entry) = self.entries.get_mut(hash) else { return };
+        if let Some(job) = &mut entry.job {
+            job.doomed = true;
+        }
+        let (slot, has_job, wanted) = (entry.slot, entry.job.is_some(), entry.wanted_until.is_some());
+        self.unwant(hash);
+        self.drop_host(hash);
+        if let Some(slot) = slot
+            && let Some(occupant) = self.slots[slot as usize].occupant.as_mut()
+        {
+            occupant.doomed = true;
+            match (occupant.adapter.is_some(), occupant.leases) {
+                (true, 0) => self.evict(slot),
+                (false, _) if !has_job => self.vacate(*hash),
+                _ => {}
+            }
+        }
+        if wanted && !has_job && self.entries.get(hash).is_some_and(|entry| entry.slot.is_none()) {
+            self.note_failure(now, *hash, LoadError::NotStored);
+        }
+        self.show(*hash);
+        self.drop_unused(*hash);
+        self.plan(now);
+    }
+
+    /// Drops wants whose requests are past their deadline. Called now and then.
+    pub fn expire_wants(&mut self, now: Instant) {
+        while let Some(&(until, hash)) = self.want_ends.first() {
+            if until > now {
+                return;
+            }
+            self.want_ends.pop_first();
+            self.unwant(&hash);
+            if let Some(entry) = self.entries.get_mut(&hash) {
+                entry.wanted_until = None;
+            }
+            self.show(hash);
+            self.drop_unused(hash);
+        }
+    }
+
+    // === what shells read ===
+
+    /// What must be done since the last call.
+    pub fn take_commands(&mut self) -> Vec<Command> {
+        std::mem::take(&mut self.commands)
+    }
+
+    /// Whether [`Self::take_commands`] would return anything.
+    pub fn has_commands(&self) -> bool {
+        !self.commands.is_empty()
+    }
+
+    /// Changes of warmth since the last call, oldest first.
+    pub fn drain_changes(&mut self) -> std::vec::Drain<'_, (ContentHash, Warmth)> {
+        self.changes.drain(..)
+    }
+
+    /// Counts up whenever an adapter became [`Warmth::Ready`] or [`Warmth::Failed`].
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Where an adapter is.
+    pub fn warmth(&self, hash: &ContentHash) -> Warmth {
+        self.entries.get(hash).map_or(Warmth::Absent, |entry| entry.shown)
+    }
+
+    /// Appends every adapter that is ready, by slot, then every one that failed, by time.
+    pub fn settled(&self, out: &mut Vec<ContentHash>) {
+        let occupants = self.slots.iter().filter_map(|slot| slot.occupant.as_ref());
+        out.extend(occupants.filter(|occupant| occupant.adapter.is_some()).map(|occupant| occupant.hash));
+        out.extend(self.failures.values());
+    }
+
+    /// Why the last load of an adapter failed, while it counts.
+    pub fn failure(&self, hash: &ContentHash) -> Option<&LoadError> {
+        self.entries.get(hash)?.failure.as_ref().map(|failure| &failure.error)
+    }
+
+    /// Counts and sizes.
+    pub fn stats(&self) -> CacheStats {
+        let occupants = || self.slots.iter().filter_map(|slot| slot.occupant.as_ref());
+        CacheStats {
+            resident: occupants().filter(|occupant| occupant.adapter.is_some()).count(),
+            leased: occupants().filter(|occupant| occupant.leases > 0).count(),
+            loading: self.n_jobs,
+            engine_bytes: self.engine_bytes,
+            hosted: self.host_order.len(),
+            host_bytes: self.host_bytes,
+            ..self.stats
+        }
+    }
+
+    /// Recomputes what the index should say of `hash` and notes a change.
+    fn show(&mut self, hash: ContentHash) {
+        let Some(entry) = self.entries.get_mut(&hash) else { return };
+        let occupant = entry.slot.and_then(|slot| self.slots[slot as usize].occupant.as_ref());
+        let missing = || match &entry.failure {
+            Some(failure) if !failure.retrying => Warmth::Failed,
+            _ if entry.wanted_until.is_some() => Warmth::NoSlot,
+            _ => Warmth::Absent,
+        };
+        let warmth = match occupant {
+            Some(occupant) if occupant.doomed => missing(),
+            Some(occupant) if occupant.adapter.is_some() => Warmth::Ready,
+            Some(_) => Warmth::Loading,
+            None => missing(),
+        };
+        if warmth != entry.shown {
+            entry.shown = warmth;
+            if matches!(warmth, Warmth::Ready | Warmth::Failed) {
+                self.epoch += 1;
+            }
+            self.changes.push((hash, warmth));
+        }
+    }
+
+    /// Forgets an adapter that is nowhere, wanted by nobody and did not fail.
+    fn drop_unused(&mut self, hash: ContentHash) {
+        let Some(entry) = self.entries.get(&hash) else { return };
+        let used = entry.slot.is_some()
+            || entry.job.is_some()
+            || entry.host.is_some()
+            || entry.failure.is_some()
+            || entry.wanted_until.is_some()
+            || self.prewarms.contains(&hash);
+        if !used {
+            self.entries.remove(&hash);
+        }
+    }
+}

@@ -1,0 +1,295 @@
+//! Who gets a slot and who gives one up, and which loads start.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use model::adapter::LoraAdapter;
+use shared::hash::ContentHash;
+
+use super::{CacheCore, Command, Job, LoadJob, Loaded, Occupant, Retired};
+use crate::loader::LoadError;
+
+/// Whom a slot may be taken from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Claim {
+    /// A queued request at this place of the fair order (not in it: `usize::MAX`).
+    Queued(usize),
+    /// Pre-warming: from probation only.
+    Prewarm,
+}
+
+impl CacheCore {
+    /// Assigns slots in the queue's order, then in order of asking, and starts loads. Stops at the first that
+    /// finds no slot: giving one to somebody behind it would be unfair.
+    pub(super) fn plan(&mut self, now: Instant) {
+        let mut blocked = false;
+        for place in 0..self.order.len() {
+            let hash = self.order[place];
+            if self.needs_slot(&hash) && !self.assign(now, hash, Claim::Queued(place)) {
+                blocked = true;
+                break;
+            }
+        }
+        while !blocked {
+            let Some((&seq, &hash)) = self.wants.first_key_value() else { break };
+            if !self.needs_slot(&hash) {
+                self.wants.remove(&seq);
+            } else {
+                blocked = !self.assign(now, hash, Claim::Queued(usize::MAX));
+            }
+        }
+        while !blocked {
+            let Some(&hash) = self.prewarms.first() else { break };
+            blocked = self.needs_slot(&hash) && !self.assign_prewarm(now, hash);
+            if !blocked {
+                self.prewarms.remove(&hash);
+            }
+        }
+        self.start_loads();
+        self.start_fetches();
+    }
+
+    /// Whether `hash` may get a slot: known, without one, and not waiting out a back-off.
+    fn needs_slot(&self, hash: &ContentHash) -> bool {
+        self.entries
+            .get(hash)
+            .is_some_and(|entry| entry.slot.is_none() && entry.failure.as_ref().is_none_or(|failure| failure.retrying))
+    }
+
+    /// Pre-warmed adapters hold a quarter of the slots at most until they are used.
+    fn assign_prewarm(&mut self, now: Instant, hash: ContentHash) -> bool {
+        let occupants = self.slots.iter().filter_map(|slot| slot.occupant.as_ref());
+        let held = occupants.filter(|occupant| occupant.prewarmed).count();
+        held < (self.config.slots / 4).max(1) && self.assign(now, hash, Claim::Prewarm)
+    }
+
+    /// Gives `hash` a slot and queues its load. False if none can be had now.
+    fn assign(&mut self, now: Instant, hash: ContentHash, claim: Claim) -> bool {
+        let needed = self.entries.get(&hash).and_then(|entry| entry.packed_bytes).unwrap_or(0);
+        if needed > self.config.engine_bytes {
+            let budget_bytes = self.config.engine_bytes;
+            self.note_failure(now, hash, LoadError::TooLarge { needed_bytes: needed, budget_bytes });
+            self.show(hash);
+            return true;
+        }
+        if !self.make_room(1, needed, claim) {
+            return false;
+        }
+        let slot = self.slots.iter().position(|slot| slot.occupant.is_none()).expect("room was just made");
+        let tick = self.next_tick();
+        self.slots[slot].generation += 1;
+        self.slots[slot].occupant = Some(Occupant {
+            hash,
+            adapter: None,
+            leases: 0,
+            uses: 0,
+            protected: false,
+            prewarmed: claim == Claim::Prewarm,
+            doomed: false,
+            bytes: needed,
+            used_at: tick,
+        });
+        self.engine_bytes += needed;
+        self.to_load.insert(tick, hash);
+        let entry = self.entries.get_mut(&hash).expect("only known adapters are assigned");
+        entry.slot = Some(u32::try_from(slot).expect("fewer than 2^32 slots"));
+        if let Some(seq) = entry.want_seq {
+            self.wants.remove(&seq);
+            self.to_fetch.remove(&seq);
+        }
+        self.prewarms.remove(&hash);
+        self.show(hash);
+        true
+    }
+
+    /// Evicts until `n_slots` are free and `bytes` fit. Evicts nothing if that cannot be reached.
+    fn make_room(&mut self, n_slots: usize, bytes: usize, claim: Claim) -> bool {
+        let budget = self.config.engine_bytes;
+        let free = self.slots.iter().filter(|slot| slot.occupant.is_none()).count();
+        if free >= n_slots && self.engine_bytes + bytes <= budget {
+            return true;
+        }
+        let victims = self.victims(claim);
+        let (mut freed_slots, mut freed_bytes, mut n_victims) = (free, 0, 0);
+        while freed_slots < n_slots || self.engine_bytes - freed_bytes + bytes > budget {
+            let Some(&(slot, victim_bytes)) = victims.get(n_victims) else { return false };
+            debug_assert!(self.slots[slot as usize].occupant.as_ref().is_some_and(|held| held.leases == 0));
+            freed_slots += 1;
+            freed_bytes += victim_bytes;
+            n_victims += 1;
+        }
+        for &(slot, _) in &victims[..n_victims] {
+            self.evict(slot);
+        }
+        true
+    }
+
+    /// Slots that may be emptied for `claim`, first to go first: those nobody waits for, probation before
+    /// protected, least recently used first; then, if the queue drains, those who wait furthest back.
+    fn victims(&self, claim: Claim) -> Vec<(u32, usize)> {
+        let mut victims: Vec<(usize, bool, u64, u32, usize)> = Vec::new();
+        for (slot, occupant) in
+            (0_u32..).zip(&self.slots).filter_map(|(idx, slot)| Some((idx, slot.occupant.as_ref()?)))
+        {
+            if occupant.leases > 0 || occupant.adapter.is_none() {
+                continue;
+            }
+            let waits_at = self.places.get(&occupant.hash).copied();
+            let may_go = match (claim, waits_at) {
+                (Claim::Prewarm, _) => waits_at.is_none() && !occupant.protected,
+                (Claim::Queued(_), None) => true,
+                (Claim::Queued(ahead), Some(behind)) => self.drain && behind > ahead,
+            };
+            if may_go {
+                // Furthest back first: places count down from the end.
+                let rank = waits_at.map_or(0, |place| usize::MAX - place);
+                victims.push((rank, occupant.protected, occupant.used_at, slot, occupant.bytes));
+            }
+        }
+        victims.sort_unstable();
+        victims.into_iter().map(|(_, _, _, slot, bytes)| (slot, bytes)).collect()
+    }
+
+    /// Second lease: the adapter is in regular use. Keeps the protected segment at three quarters.
+    pub(super) fn protect(&mut self, slot: u32) {
+        let protected_max = self.config.slots * 3 / 4;
+        if let Some(occupant) = self.slots[slot as usize].occupant.as_mut() {
+            occupant.protected = true;
+        }
+        let protected =
+            || self.slots.iter().enumerate().filter(|(_, s)| s.occupant.as_ref().is_some_and(|o| o.protected));
+        if protected().count() <= protected_max {
+            return;
+        }
+        let oldest = protected().min_by_key(|(_, s)| s.occupant.as_ref().map_or(0, |o| o.used_at)).map(|(idx, _)| idx);
+        if let Some(occupant) = oldest.and_then(|idx| self.slots[idx].occupant.as_mut()) {
+            occupant.protected = false;
+            occupant.uses = 1;
+        }
+    }
+
+    /// Empties a slot that nobody leases.
+    pub(super) fn evict(&mut self, slot: u32) {
+        let Some(occupant) = self.slots[slot as usize].occupant.take() else { return };
+        if occupant.leases > 0 {
+            shared::critical!("slot {slot} was to be emptied under {} leases", occupant.leases);
+            self.slots[slot as usize].occupant = Some(occupant);
+            return;
+        }
+        self.engine_bytes -= occupant.bytes;
+        self.stats.evictions += 1;
+        self.commands.extend(occupant.adapter.map(|adapter| Command::Retire(Retired::Packed(adapter))));
+        if let Some(entry) = self.entries.get_mut(&occupant.hash) {
+            entry.slot = None;
+        }
+        self.show(occupant.hash);
+        self.drop_unused(occupant.hash);
+    }
+
+    /// Takes the slot of an adapter that has not arrived.
+    pub(super) fn vacate(&mut self, hash: ContentHash) {
+        let Some(slot) = self.entries.get(&hash).and_then(|entry| entry.slot) else { return };
+        let place = &mut self.slots[slot as usize];
+        if place.occupant.as_ref().is_none_or(|occupant| occupant.adapter.is_some()) {
+            return;
+        }
+        let reserved = place.occupant.take().map_or(0, |occupant| occupant.bytes);
+        self.engine_bytes -= reserved;
+        self.to_load.retain(|_, waiting| *waiting != hash);
+        if let Some(entry) = self.entries.get_mut(&hash) {
+            entry.slot = None;
+        }
+    }
+
+    /// Starts the loads of assigned slots, as many as may run at once.
+    fn start_loads(&mut self) {
+        if self.to_load.is_empty() {
+            return;
+        }
+        let waiting: Vec<(u64, ContentHash)> = self.to_load.iter().map(|(&tick, &hash)| (tick, hash)).collect();
+        for (tick, hash) in waiting {
+            if self.n_jobs >= self.config.loads_at_once {
+                return;
+            }
+            let Some(entry) = self.entries.get(&hash) else { continue };
+            // Its files are being fetched already; the load follows when they are here.
+            if entry.job.is_some() {
+                continue;
+            }
+            self.to_load.remove(&tick);
+            self.start(hash, true);
+        }
+    }
+
+    /// Uses what loads leave over to bring files of waiting adapters into host memory. One load's worth stays
+    /// free for slots, unless only one is allowed.
+    fn start_fetches(&mut self) {
+        let spare = if self.config.loads_at_once == 1 { 1 } else { self.config.loads_at_once - 1 };
+        while self.n_jobs < spare && self.to_load.is_empty() && self.host_has_room() {
+            let Some((_, hash)) = self.to_fetch.pop_first() else { return };
+            if self.entries.get(&hash).is_some_and(|entry| entry.job.is_none() && entry.host.is_none()) {
+                self.start(hash, false);
+            }
+        }
+    }
+
+    fn start(&mut self, hash: ContentHash, pack: bool) {
+        let tick = self.next_tick();
+        let host = self.touch_host(&hash, tick);
+        let entry = self.entries.get_mut(&hash).expect("only known adapters are loaded");
+        entry.job = Some(Job { doomed: false });
+        self.n_jobs += 1;
+        self.commands.push(Command::Load(LoadJob { hash, owner: entry.owner.clone(), host, pack }));
+    }
+
+    /// Puts what a load brought where it belongs.
+    pub(super) fn place_loaded(&mut self, now: Instant, hash: ContentHash, loaded: Loaded) {
+        self.keep_files(hash, loaded.files);
+        let Some(entry) = self.entries.get_mut(&hash) else { return };
+        if let Some(failure) = entry.failure.take() {
+            self.failures.remove(&failure.at);
+        }
+        let Some(packed) = loaded.packed else { return };
+        entry.packed_bytes = Some(packed.bytes);
+        let budget_bytes = self.config.engine_bytes;
+        if packed.bytes > budget_bytes {
+            let needed_bytes = packed.bytes;
+            self.commands.push(Command::Retire(Retired::Packed(packed)));
+            self.note_failure(now, hash, LoadError::TooLarge { needed_bytes, budget_bytes });
+            return;
+        }
+        let Some(slot) = entry.slot else {
+            self.commands.push(Command::Retire(Retired::Packed(packed)));
+            return;
+        };
+        self.settle(slot, hash, packed);
+    }
+
+    /// Fills the slot, or gives it up if the adapter turned out larger than what can be freed now; its size is
+    /// known then, and it waits for as much.
+    fn settle(&mut self, slot: u32, hash: ContentHash, packed: Arc<LoraAdapter>) {
+        let reserved = self.slots[slot as usize].occupant.as_ref().map_or(0, |occupant| occupant.bytes);
+        let more = packed.bytes.saturating_sub(reserved);
+        let place = self.places.get(&hash).copied().unwrap_or(usize::MAX);
+        if !self.make_room(0, more, Claim::Queued(place)) {
+            self.commands.push(Command::Retire(Retired::Packed(packed)));
+            self.vacate(hash);
+            let tick = self.next_tick();
+            if let Some(entry) = self.entries.get_mut(&hash)
+                && entry.wanted_until.is_some()
+            {
+                let seq = *entry.want_seq.get_or_insert(tick);
+                self.wants.insert(seq, hash);
+            }
+            return;
+        }
+        self.engine_bytes = self.engine_bytes - reserved + packed.bytes;
+        self.stats.loads += 1;
+        let tick = self.next_tick();
+        if let Some(occupant) = self.slots[slot as usize].occupant.as_mut() {
+            occupant.bytes = packed.bytes;
+            occupant.used_at = tick;
+            occupant.adapter = Some(packed);
+        }
+    }
+}
