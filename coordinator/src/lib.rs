@@ -1,1 +1,24 @@
-//! placeholder
+//! Who is served, under which contract: the control plane's facts and the pure decisions on them.
+//!
+//! | fact | owner | readers |
+//! |---|---|---|
+//! | tenant records, API-key hashes, adapter versions, task pointers | [`registry::Registry`] (one writer thread below [`registry::actor::RegistryActor`]) | everyone, through [`registry::snapshot::Snapshot`] |
+//! | who a key belongs to | [`auth`]: only a snapshot makes an [`auth::AuthedTenant`] | gateway |
+//! | what a `model` field means | [`resolve`] (core) | gateway |
+//! | what a tenant has used of its rates | [`admission`] (core), held by the gateway behind one short lock | gateway |
+//!
+//! The registry is a pure state changed only by commands. A command carries everything that is random or
+//! read from a clock, so that applying the same commands anywhere gives the same state: replication adds a
+//! log in front of the writer and changes nothing else.
+//!
+//! Not here: listeners, HTTP, adapter bytes, queues.
+
+#![forbid(unsafe_code)]
+
+pub mod registry;
+pub mod auth;
+pub mod resolve;
+pub mod admission;
+pub mod limits;
+#[cfg(test)]
+mod testing;
