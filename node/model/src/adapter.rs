@@ -25,7 +25,7 @@ mod tests;
 
 use std::fmt;
 
-use kernels::lora::LoraPair;
+use kernels::lora::{LoraPair, RANK_MAX};
 use shared::hash::ContentHash;
 
 use crate::info::{Linear, ModelInfo};
@@ -142,12 +142,12 @@ pub struct AdapterLimits {
 impl Default for AdapterLimits {
     /// Rank 256 and 512 MiB: above what adapters of the models served here need, and what a loader can hold.
     fn default() -> Self {
-        Self { rank_max: 256, bytes_max: 512 << 20, accepted_base_names: Vec::new() }
+        Self { rank_max: RANK_MAX, bytes_max: 512 << 20, accepted_base_names: Vec::new() }
     }
 }
 
 /// Facts about a checked adapter, for records, replies and budgets.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AdapterSummary {
     /// File format.
     pub kind: AdapterKind,
@@ -254,6 +254,8 @@ pub fn check<'a>(
     if files.bytes() > limits.bytes_max {
         return Err(AdapterError::Bytes { what: "the adapter", found: files.bytes(), max: limits.bytes_max });
     }
+    // Whatever the contract says, the kernels have a largest rank.
+    let limits = &AdapterLimits { rank_max: limits.rank_max.min(RANK_MAX), ..limits.clone() };
     let modules = match files {
         AdapterFiles::Peft { config, weights } => peft::check(config, weights, info, limits)?,
         AdapterFiles::Gguf(bytes) => gguf_lora::check(bytes, info, limits)?,

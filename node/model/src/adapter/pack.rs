@@ -70,8 +70,8 @@ impl<'a> CheckedAdapter<'a> {
     }
 
     /// Facts for records and budgets.
-    pub fn summary(&self) -> &AdapterSummary {
-        &self.summary
+    pub fn summary(&self) -> AdapterSummary {
+        self.summary
     }
 
     /// The checked modules, for tests of what packing reads.

@@ -128,7 +128,7 @@ fn peft_files(changes: &Value, tensors: &[Tensor]) -> AdapterFiles {
 }
 
 fn summary(files: &AdapterFiles) -> Result<AdapterSummary, AdapterError> {
-    check(files, &tiny_info(), &AdapterLimits::default()).map(|checked| checked.summary().clone())
+    check(files, &tiny_info(), &AdapterLimits::default()).map(|checked| checked.summary())
 }
 
 /// Asserts a refusal with this code whose text names `part`.

@@ -1,5 +1,10 @@
 //! What packing reads out of a checked file: row order, scale, DoRA factors.
 
+use std::sync::Arc;
+
+use kernels::lora::{Scratch, Segment, lora_delta};
+use kernels::matrix::Matrix;
+use kernels::pool::Pool;
 use serde_json::json;
 
 use super::super::pack::{CheckedModule, RowOrder, Unpacked};
@@ -8,6 +13,7 @@ use super::super::{AdapterFiles, AdapterLimits, check};
 use super::gguf::{Key, Recipe};
 use super::{RANK, Tensor, pair, peft_files, peft_name, tiny_info};
 use crate::info::{Family, Linear, ModelInfo};
+use crate::weights::{LayerWeights, Weights};
 
 fn no_base(_: usize, _: &mut [f32]) {
     panic!("the base is needed for DoRA only");
@@ -163,4 +169,99 @@ fn dora_files_carry_their_magnitudes_to_packing() {
     for (factor, wanted) in unpacked.row_scale.unwrap().into_iter().zip([0.5, 1.0, 1.5, 2.0]) {
         assert!((factor - wanted).abs() < 1e-6);
     }
+}
+
+/// A base whose linear layers hold small distinct values.
+fn tiny_weights(info: &ModelInfo) -> Weights {
+    let matrix = |n_out: usize, n_in: usize| {
+        let values: Vec<f32> = (0..n_out * n_in).map(|i| ((i * 7 + n_out) % 11) as f32 / 8.0 - 0.5).collect();
+        Matrix::from_f32(n_out, n_in, &values, None).unwrap()
+    };
+    let layer = || LayerWeights {
+        attn_norm: vec![1.0; info.hidden],
+        linears: Linear::ALL.map(|linear| matrix(info.linear_shape(linear).0, info.linear_shape(linear).1)),
+        qkv_bias: None,
+        ffn_norm: vec![1.0; info.hidden],
+    };
+    let embed = Arc::new(matrix(info.vocab, info.hidden));
+    Weights {
+        head: Arc::clone(&embed),
+        embed,
+        layers: (0..info.n_layers).map(|_| layer()).collect(),
+        norm: vec![1.0; info.hidden],
+    }
+}
+
+/// `y = m ⊙ (W + s·B·A) x / ‖W + s·B·A‖` per row, or `(W + s·B·A) x`, in f64 and in the order of the formula.
+fn reference(base: &Matrix, tensors: &[Tensor], scale: f64, x: &[f32]) -> Vec<f64> {
+    let mut row = vec![0.0; base.n_in()];
+    (0..base.n_out())
+        .map(|i| {
+            base.row(i, &mut row);
+            let weight = |k: usize| {
+                let delta: f64 = (0..RANK)
+                    .map(|r| {
+                        f64::from(tensors[1].values[i * RANK + r]) * f64::from(tensors[0].values[r * base.n_in() + k])
+                    })
+                    .sum();
+                f64::from(row[k]) + scale * delta
+            };
+            let dot: f64 = x.iter().enumerate().map(|(k, x)| weight(k) * f64::from(*x)).sum();
+            let norm = (0..x.len()).map(|k| weight(k).powi(2)).sum::<f64>().sqrt();
+            tensors.get(2).map_or(dot, |magnitude| f64::from(magnitude.values[i]) / norm * dot)
+        })
+        .collect()
+}
+
+#[test]
+fn packed_adapters_compute_the_formula_with_and_without_dora() {
+    let info = tiny_info();
+    let weights = tiny_weights(&info);
+    let pool = Pool::new(1);
+    for dtype in ["F32", "F16", "BF16"] {
+        for dora in [false, true] {
+            let mut tensors = pair(&info, 1, Linear::Q, RANK).to_vec();
+            if dora {
+                tensors.push(Tensor::new(&peft_name(1, Linear::Q, "lora_magnitude_vector"), &[8]));
+            }
+            tensors.iter_mut().for_each(|tensor| tensor.dtype = dtype);
+            let files = peft_files(&json!({"use_dora": dora}), &tensors);
+            let adapter = check(&files, &info, &AdapterLimits::default()).unwrap().pack(&weights).unwrap();
+            assert!(adapter.pair(0, Linear::Q).is_none() && adapter.pair(1, Linear::K).is_none());
+            assert!(adapter.pair(2, Linear::Q).is_none(), "no layer 2");
+            assert_eq!((adapter.hash, adapter.rank_max), (files.content_hash(), RANK));
+            let packed = adapter.pair(1, Linear::Q).unwrap();
+            assert_eq!(adapter.bytes, packed.bytes());
+
+            let base = weights.layers[1].linear(Linear::Q);
+            let x: Vec<f32> = (0..8).map(|i| i as f32 / 4.0 - 0.75).collect();
+            let wanted = reference(base, &tensors, 2.0, &x);
+            let mut row = vec![0.0; 8];
+            let mut y: Vec<f32> = (0..8)
+                .map(|i| {
+                    base.row(i, &mut row);
+                    row.iter().zip(&x).map(|(w, x)| w * x).sum()
+                })
+                .collect();
+            let segment = Segment { rows: 0..1, pair: packed };
+            lora_delta(&pool, &[segment], &x, 8, &mut y, 8, &mut Scratch::default());
+            for (found, wanted) in y.iter().zip(&wanted) {
+                assert!((f64::from(*found) - wanted).abs() < 1e-4, "{dtype} dora {dora}: {found} {wanted}");
+            }
+        }
+    }
+}
+
+#[test]
+fn halves_of_different_types_are_packed_without_loss() {
+    let info = tiny_info();
+    let mut tensors = pair(&info, 0, Linear::V, RANK).to_vec();
+    tensors[0].dtype = "F16";
+    tensors[1].dtype = "BF16";
+    let files = peft_files(&json!({}), &tensors);
+    let packed = check(&files, &info, &AdapterLimits::default()).unwrap().pack(&tiny_weights(&info)).unwrap();
+    tensors.iter_mut().for_each(|tensor| tensor.dtype = "F32");
+    let files = peft_files(&json!({}), &tensors);
+    let exact = check(&files, &info, &AdapterLimits::default()).unwrap().pack(&tiny_weights(&info)).unwrap();
+    assert_eq!(packed.bytes, exact.bytes, "kept as f32");
 }

@@ -7,7 +7,8 @@ const TABLE: &str = include_str!("patterns.txt");
 
 /// The names behind the digits of the table.
 fn names() -> Vec<String> {
-    let blocks = [0, 1, 10, 29].map(|layer| Linear::ALL.map(|linear| format!("model.layers.{layer}.{}", linear.hf_path())));
+    let blocks =
+        [0, 1, 10, 29].map(|layer| Linear::ALL.map(|linear| format!("model.layers.{layer}.{}", linear.hf_path())));
     let outside = ["lm_head", "model.embed_tokens"].map(str::to_owned);
     blocks.into_iter().flatten().chain(outside).collect()
 }

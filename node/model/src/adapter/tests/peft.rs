@@ -182,3 +182,12 @@ fn targets_the_base_lacks_altogether_are_refused() {
     let files = peft_files(&json!({"target_modules": ["c_attn"]}), &tiny_tensors());
     assert_refused(&files, "lora_base_mismatch", "target_modules");
 }
+
+#[test]
+fn no_contract_allows_more_than_the_kernels_do() {
+    let limits = AdapterLimits { rank_max: usize::MAX, ..AdapterLimits::default() };
+    let files = peft_files(&json!({"r": 257}), &pair(&tiny_info(), 0, Linear::Q, 257));
+    assert_eq!(check(&files, &tiny_info(), &limits).unwrap_err().code(), "lora_rank_limit_exceeded");
+    let files = peft_files(&json!({"r": 256}), &pair(&tiny_info(), 0, Linear::Q, 256));
+    assert_eq!(check(&files, &tiny_info(), &limits).unwrap().summary().rank_max, 256);
+}
