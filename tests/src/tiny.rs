@@ -17,6 +17,7 @@
 
 use std::path::{Path, PathBuf};
 
+use candle_core::quantized::GgmlDType;
 use model::adapter::AdapterFiles;
 use model::info::Linear;
 
@@ -37,6 +38,12 @@ pub use tokenizer::{EOS_ID, VOCAB};
 /// the directory. The content is the same on every call.
 pub fn model(dir: &Path) -> PathBuf {
     TinySpec::llama().write_hf(dir)
+}
+
+/// The same model as one GGUF file of Q8_0 blocks. Fast numerics differ from exact ones only before quantised
+/// weights, so tests of the fast path want this one.
+pub fn model_gguf(dir: &Path) -> PathBuf {
+    TinySpec::llama().write_gguf(dir, Quantisation::All(GgmlDType::Q8_0))
 }
 
 /// A strong random adapter for the default tiny model: PEFT files in f32, alpha = 2 × rank.

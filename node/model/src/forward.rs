@@ -87,6 +87,16 @@ pub struct Runtime {
     poisons: bool,
 }
 
+/// How the KV pages of a model look: what one page costs is known before any memory is taken.
+pub fn kv_layout(info: &ModelInfo) -> KvLayout {
+    let dtype = match info.numerics {
+        Numerics::Exact => KvDtype::F32,
+        Numerics::Fast => KvDtype::F16,
+    };
+    let ModelInfo { n_layers, n_kv_heads, head_dim, .. } = *info;
+    KvLayout { n_layers, n_kv_heads, head_dim, page_tokens: PAGE_TOKENS, dtype }
+}
+
 // === impl Runtime ===
 
 impl Runtime {
@@ -102,17 +112,11 @@ impl Runtime {
             }
         }
         let info = &base.info;
-        let (precision, dtype) = match info.numerics {
-            Numerics::Exact => (Precision::F32, KvDtype::F32),
-            Numerics::Fast => (Precision::Int8, KvDtype::F16),
+        let precision = match info.numerics {
+            Numerics::Exact => Precision::F32,
+            Numerics::Fast => Precision::Int8,
         };
-        let layout = KvLayout {
-            n_layers: info.n_layers,
-            n_kv_heads: info.n_kv_heads,
-            head_dim: info.head_dim,
-            page_tokens: PAGE_TOKENS,
-            dtype,
-        };
+        let layout = kv_layout(info);
         let page_bytes = layout.bytes_per_page();
         let n_pages = (kv_bytes / page_bytes).min(u32::MAX as usize);
         if n_pages == 0 {

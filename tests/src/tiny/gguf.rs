@@ -56,6 +56,7 @@ fn fitting(dtype: GgmlDType, n_in: usize) -> GgmlDType {
 }
 
 pub(super) fn write(spec: &TinySpec, dir: &Path, quantisation: Quantisation) -> PathBuf {
+    std::fs::create_dir_all(dir).expect("create the folder of the file");
     let path = dir.join(format!("{}.{quantisation:?}.gguf", spec.name()).replace(['(', ')'], "_"));
     let tensors: Vec<(String, QTensor)> = spec
         .tensors()

@@ -82,16 +82,16 @@ struct Deviation {
     token_sum: f64,
     n_tokens: usize,
     top20_max: f64,
+    top20_sum: f64,
+    n_top20: usize,
+    /// Where `top20_max` is.
+    top20_worst: String,
     /// Steps up to the end of the answer where our most probable token is another one, as text.
     parted: Vec<String>,
     near_ties: usize,
 }
 
 impl Deviation {
-    fn mean(&self) -> f64 {
-        self.token_sum / self.n_tokens as f64
-    }
-
     /// Takes in the logits that stand before token `k` of the answer.
     fn judge(&mut self, case: &Case, k: usize, logits: &[f32], near_tie: f64) {
         let ours = lab::log_probabilities(logits);
@@ -101,7 +101,13 @@ impl Deviation {
         self.token_sum += off;
         self.n_tokens += 1;
         for (token, theirs) in case.top20.get(k).into_iter().flatten() {
-            self.top20_max = self.top20_max.max((ours[*token as usize] - theirs).abs());
+            let off = (ours[*token as usize] - theirs).abs();
+            self.top20_sum += off;
+            self.n_top20 += 1;
+            if off > self.top20_max {
+                self.top20_max = off;
+                self.top20_worst = format!("{} step {k}, a token of log-probability {theirs:.1}", case.id);
+            }
         }
         let best = lab::argmax(logits);
         if best == golden || k >= case.n_judged {
@@ -173,13 +179,18 @@ fn deviations(numerics: Numerics, names: &[&'static str]) -> Vec<Deviation> {
     }
     for d in &deviations {
         println!(
-            "{numerics:?} {:17} token logprobs: mean {:.5}, max {:.5} of {}; top-20 max {:.5}; {} near-ties",
+            "{numerics:?} {:17} token logprobs: mean {:.5}, max {:.5} of {}; top-20: mean {:.5}, max {:.5} of {} ({}); \
+             {} near-ties, {} parted",
             d.name,
-            d.mean(),
+            d.token_sum / d.n_tokens as f64,
             d.token_max,
             d.n_tokens,
+            d.top20_sum / d.n_top20 as f64,
             d.top20_max,
-            d.near_ties
+            d.n_top20,
+            d.top20_worst,
+            d.near_ties,
+            d.parted.len()
         );
     }
     deviations
