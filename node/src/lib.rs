@@ -1,5 +1,24 @@
-//! One node of a Tenantry cluster: the request's path from the socket to the engine and back.
+//! One node of a Tenantry cluster: the request's path from the socket to the engine and back, and the binary
+//! `tenantry`.
+//!
+//! Reading order: [`serve`] starts a node; [`app`] composes the request path; [`gateway`] is the door for
+//! clients, [`admin`] the one for operators; [`base_room`] is one base model with everything around it;
+//! [`engine_source`] glues queue and adapter cache to the engine; [`base_model`] and [`supervisor`] are the
+//! actors; [`metering`] counts, [`metrics`] shows; [`ctl`] and [`chat`] are the commands beside `node`.
 
 #![forbid(unsafe_code)]
 
+pub mod serve;
+pub mod app;
 pub mod gateway;
+pub mod admin;
+pub mod base_room;
+pub mod engine_source;
+pub mod base_model;
+pub mod supervisor;
+pub mod restart;
+pub mod metering;
+pub mod metrics;
+pub mod client;
+pub mod ctl;
+pub mod chat;

@@ -1,0 +1,400 @@
+//! Hops 2 to 6 in one place: from a checked request to one that waits for its turn. Read this file first.
+//!
+//! [`App::submit`] composes the request path top to bottom. It never waits for an actor: contracts come from
+//! the registry's published snapshot, rates from one short lock, turns from the queue's.
+
+mod encode;
+pub mod upload;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use adapters::{Store, Warmth};
+use coordinator::admission::{Admission, Demand, RateStatus, Reservation};
+use coordinator::auth::{AuthedTenant, Scope};
+use coordinator::registry::Registry;
+use coordinator::registry::command::Event;
+use coordinator::resolve::{Target, resolve, visible_models};
+use parking_lot::Mutex;
+use queue::{Item, Ticket};
+use scheduler::source::CancelFlag;
+use shared::clock::Clock;
+use shared::config::{ClusterConfig, NodeConfig};
+use shared::error::{ErrorKind, RequestError};
+use shared::id::{BaseName, Route, TenantId};
+use shared::request::{Envelope, Generation};
+use shared::tenant::TenantContract;
+use tokio::sync::mpsc;
+
+use crate::base_room::BaseRoom;
+use crate::engine_source::Payload;
+use crate::gateway::backend::{
+    Backend, CancelOnDrop, Check, Events, ModelCard, Prepared, RateState, Refused, Running, Served,
+};
+use crate::metering::Tap;
+use crate::metering::journal::Journal;
+use crate::metrics;
+
+/// Events of one request that may wait for its reader: some seconds of the fastest stream. A full channel
+/// parks the request in the engine.
+const EVENTS_WAITING_MAX: usize = 256;
+
+/// One node: everything a request needs, shared by all doors.
+pub struct App {
+    config: ClusterConfig,
+    node: NodeConfig,
+    clock: Arc<dyn Clock>,
+    registry: Registry,
+    admission: Arc<Mutex<Admission>>,
+    rooms: BTreeMap<BaseName, Arc<BaseRoom>>,
+    store: Store,
+    journal: Journal,
+    draining: AtomicBool,
+}
+
+/// The parts an [`App`] is made of.
+pub struct AppParts {
+    /// Cluster configuration.
+    pub config: ClusterConfig,
+    /// This node's part of it.
+    pub node: NodeConfig,
+    /// The reader of time.
+    pub clock: Arc<dyn Clock>,
+    /// Tenants.
+    pub registry: Registry,
+    /// Bases by name.
+    pub rooms: BTreeMap<BaseName, Arc<BaseRoom>>,
+    /// Adapter files.
+    pub store: Store,
+    /// Usage records.
+    pub journal: Journal,
+}
+
+// === impl App ===
+
+impl App {
+    /// Puts the parts together.
+    pub fn new(parts: AppParts) -> Self {
+        let AppParts { config, node, clock, registry, rooms, store, journal } = parts;
+        let draining = AtomicBool::new(false);
+        Self { config, node, clock, registry, admission: Arc::default(), rooms, store, journal, draining }
+    }
+
+    /// Cluster configuration.
+    pub fn config(&self) -> &ClusterConfig {
+        &self.config
+    }
+
+    /// This node's part of it.
+    pub fn node(&self) -> &NodeConfig {
+        &self.node
+    }
+
+    /// Tenants.
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// Bases by name.
+    pub fn rooms(&self) -> &BTreeMap<BaseName, Arc<BaseRoom>> {
+        &self.rooms
+    }
+
+    /// Usage records.
+    pub fn journal(&self) -> &Journal {
+        &self.journal
+    }
+
+    /// Seconds since the Unix epoch, for records.
+    pub fn wall_s(&self) -> u64 {
+        self.clock.wall().as_secs()
+    }
+
+    /// Monotonic time.
+    pub fn now(&self) -> Instant {
+        self.clock.now()
+    }
+
+    /// From now on every new request is refused with a hint to go elsewhere.
+    pub fn start_draining(&self) {
+        self.draining.store(true, Ordering::Release);
+    }
+
+    /// Whether the node is stopping.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
+    }
+
+    /// Requests that wait or run.
+    pub fn n_in_flight(&self) -> u64 {
+        let of = |room: &Arc<BaseRoom>| room.queue.n_waiting() as u64 + room.stats.load().snapshot().requests;
+        self.rooms.values().map(of).sum()
+    }
+
+    /// What the rest of the node does about a change of the registry.
+    pub fn on_registry_event(&self, event: &Event) {
+        match event {
+            Event::TenantDeleted { tenant, adapters } => {
+                self.admission.lock().forget(tenant);
+                for room in self.rooms.values() {
+                    room.grammars.forget(tenant);
+                    adapters.iter().for_each(|hash| room.cache.forget(hash));
+                }
+                for hash in adapters {
+                    self.delete_object(tenant, hash);
+                }
+            }
+            Event::AdapterVersionRemoved { name, hash, still_used: false } => {
+                self.rooms.values().for_each(|room| room.cache.forget(hash));
+                self.delete_object(&name.client, hash);
+            }
+            _ => {}
+        }
+    }
+
+    fn delete_object(&self, tenant: &TenantId, hash: &shared::hash::ContentHash) {
+        if let Err(error) = self.store.delete(tenant, hash) {
+            tracing::warn!(tenant_id = %tenant, hash = %hash.short(), %error, "adapter file could not be deleted; its key is what matters");
+        }
+    }
+
+    fn room(&self, base: &BaseName) -> Result<&Arc<BaseRoom>, RequestError> {
+        self.rooms.get(base).ok_or_else(|| {
+            RequestError::new(
+                ErrorKind::Unavailable,
+                "base_not_loaded",
+                format!("this node does not serve the base {base}"),
+            )
+        })
+    }
+
+    fn check_open(&self) -> Result<(), RequestError> {
+        let wait = Duration::from_secs(1);
+        if self.is_draining() {
+            let message = "this node is stopping; hint: retry, another node will answer";
+            return Err(RequestError::new(ErrorKind::Unavailable, "node_stopping", message).retry_after(wait));
+        }
+        if !self.journal.is_healthy() {
+            let message = "this node cannot record usage and admits nothing until it can; hint: retry later";
+            return Err(RequestError::new(ErrorKind::Unavailable, "metering_unavailable", message).retry_after(wait));
+        }
+        Ok(())
+    }
+
+    async fn admit(&self, who: &AuthedTenant, request: Prepared) -> Result<Running, Refused> {
+        // May this node and this key serve at all?
+        self.check_open()?;
+        who.require(Scope::Infer)?;
+        let contract = self.registry.snapshot().contract(who).unwrap_or_else(|| Arc::clone(who.contract()));
+
+        // Which weights? A name that is not the tenant's own goes nowhere.
+        let target = resolve(&contract, &request.model)?;
+        let room = Arc::clone(self.room(&target.base)?);
+
+        // What exactly is to be generated? Template, tokenizer, context, vocabulary, grammar.
+        let encoded = encode::encode(&room, &contract.tenant, &request).await?;
+        let generation = Arc::new(encoded.generation);
+
+        // Rates. Everything taken here is given back if a later step refuses.
+        let demand = Demand {
+            n_prompt_tokens: generation.prompt.len() as u64,
+            max_tokens: u64::from(generation.max_tokens),
+            n: generation.n,
+        };
+        let now = self.clock.now();
+        let admitted = self.admission.lock().admit(&contract, demand, now).map_err(refused)?;
+
+        // Whose turn? The queue answers at once: waiting, or 429.
+        let envelope = Arc::new(self.envelope(who, &contract, &target, &request, Arc::clone(&generation), now));
+        let (sink, receiver) = mpsc::channel(EVENTS_WAITING_MAX);
+        let cancel = CancelFlag::default();
+        let payload = Payload {
+            envelope: Arc::clone(&envelope),
+            grammar: encoded.grammar,
+            sink,
+            cancel: cancel.clone(),
+            fallback: contract.fallback,
+        };
+        let adapter_hit = envelope.adapter.as_ref().map(|pin| room.cache.residency(&pin.hash) == Warmth::Ready);
+        let ticket = match room.queue.submit(now, Item::of(&envelope), payload) {
+            Ok(ticket) => ticket,
+            Err(error) => {
+                self.admission.lock().undo(admitted.reservation);
+                return Err(Refused { error: error.into(), rate: Some(rate_state(admitted.rate)) });
+            }
+        };
+
+        // Its weights are fetched while it waits.
+        if let Some(pin) = &envelope.adapter {
+            room.cache.want(pin.hash, &contract.tenant, envelope.deadline);
+        }
+
+        let tap = self.tap(who, &contract, &envelope, adapter_hit, admitted.reservation);
+        Ok(running(&room, request, &envelope, Events::new(receiver, Box::new(tap)), admitted.rate, (ticket, cancel)))
+    }
+
+    fn envelope(
+        &self,
+        who: &AuthedTenant,
+        contract: &TenantContract,
+        target: &Target,
+        request: &Prepared,
+        generation: Arc<Generation>,
+        now: Instant,
+    ) -> Envelope {
+        let longest = Duration::from_millis(contract.limits.deadline_ms);
+        Envelope {
+            id: request.id,
+            route: Route { tenant: contract.tenant.clone(), task: target.task.clone() },
+            tier: contract.tier,
+            weight: contract.weight,
+            concurrency: contract.limits.concurrency,
+            queue_depth: contract.limits.queue_depth,
+            base: target.base.clone(),
+            adapter: target.adapter.clone(),
+            fell_back: target.fell_back,
+            cache_secret: *who.cache_secret(),
+            generation,
+            contract_epoch: contract.epoch,
+            admitted_at: now,
+            deadline: now + request.timeout.map_or(longest, |wanted| wanted.min(longest)),
+        }
+    }
+
+    fn tap(
+        &self,
+        who: &AuthedTenant,
+        contract: &TenantContract,
+        envelope: &Arc<Envelope>,
+        adapter_hit: Option<bool>,
+        reservation: Reservation,
+    ) -> Tap {
+        let admission = Arc::clone(&self.admission);
+        let settle = Box::new(move |used| admission.lock().settle(reservation, used));
+        let (key, cost_center) = (who.key_id().to_string(), contract.cost_center.clone());
+        Tap::new(
+            Arc::clone(envelope),
+            key,
+            cost_center,
+            adapter_hit,
+            settle,
+            self.journal.clone(),
+            Arc::clone(&self.clock),
+        )
+    }
+}
+
+impl Backend for App {
+    type Who = AuthedTenant;
+
+    fn authenticate(&self, bearer: &str) -> Result<AuthedTenant, RequestError> {
+        self.registry.snapshot().authenticate(bearer, self.wall_s()).map_err(|error| {
+            metrics::rejected(None, "invalid_api_key");
+            error.into()
+        })
+    }
+
+    fn tenant<'a>(&self, who: &'a AuthedTenant) -> &'a TenantId {
+        who.tenant()
+    }
+
+    fn impersonation_refused(&self, who: &AuthedTenant) {
+        tracing::warn!(tenant_id = %who.tenant(), key = %who.key_id(), "a request named another tenant than its key's");
+        metrics::impersonation(who.tenant());
+    }
+
+    fn models(&self, who: &AuthedTenant) -> Vec<ModelCard> {
+        let snapshot = self.registry.snapshot();
+        let Some(view) = snapshot.tenant(who.tenant()) else { return Vec::new() };
+        let record = view.record();
+        let models = visible_models(view.contract()).into_iter().filter_map(|model| {
+            let room = self.rooms.get(&model.base)?;
+            let stored = model.version.as_ref().and_then(|name| record.adapters.get(name));
+            Some(ModelCard {
+                created: stored.map_or(record.created_at_s, |adapter| adapter.uploaded_at_s),
+                owned_by: if stored.is_some() { record.tenant().to_string() } else { "tenantry".to_owned() },
+                root: model.version.as_ref().map(ToString::to_string),
+                parent: (model.id != model.base.as_str()).then(|| model.base.to_string()),
+                max_model_len: u32::try_from(room.context()).unwrap_or(u32::MAX),
+                adapter_generation: stored.map(|adapter| adapter.hash.to_string()),
+                id: model.id,
+            })
+        });
+        models.collect()
+    }
+
+    async fn submit(&self, who: &AuthedTenant, request: Prepared) -> Result<Running, Refused> {
+        let outcome = self.admit(who, request).await;
+        if let Err(refused) = &outcome {
+            metrics::rejected(Some((who.tenant(), who.contract().tier)), refused.error.code);
+        }
+        outcome
+    }
+
+    fn checks(&self) -> Vec<Check> {
+        let mut checks: Vec<Check> = Vec::new();
+        for room in self.rooms.values() {
+            let detail = format!("base {}", room.name);
+            checks.push(Check { name: "engine_running", ok: room.is_up(), detail });
+        }
+        let backlog = self.journal.backlog();
+        checks.push(Check {
+            name: "usage_journal",
+            ok: self.journal.is_healthy(),
+            detail: format!("{backlog} records wait for the disk"),
+        });
+        checks.push(Check { name: "admitting", ok: !self.is_draining(), detail: String::new() });
+        checks
+    }
+
+    fn clock(&self) -> &dyn Clock {
+        self.clock.as_ref()
+    }
+}
+
+fn running(
+    room: &BaseRoom,
+    request: Prepared,
+    envelope: &Envelope,
+    events: Events,
+    rate: RateStatus,
+    hold: (Ticket<Payload>, CancelFlag),
+) -> Running {
+    let served = Served {
+        model: request.model,
+        base: envelope.base.to_string(),
+        adapter: envelope.adapter.as_ref().map(|pin| pin.name.to_string()),
+        adapter_hash: envelope.adapter.as_ref().map(|pin| pin.hash.to_string()),
+        fell_back: envelope.fell_back,
+        numerics_id: room.model.info.numerics_id(),
+    };
+    let (ticket, cancel) = hold;
+    Running {
+        events,
+        cancel: CancelOnDrop::new(move || {
+            cancel.cancel();
+            drop(ticket);
+        }),
+        served,
+        prompt_tokens: Arc::clone(&envelope.generation.prompt),
+        token_text: Arc::new(encode::TokenTexts(Arc::clone(&room.vocabulary))),
+        rate: Some(rate_state(rate)),
+    }
+}
+
+fn refused(refused: coordinator::admission::Refused) -> Refused {
+    Refused { error: *refused.error, rate: refused.rate.map(rate_state) }
+}
+
+fn rate_state(rate: RateStatus) -> RateState {
+    RateState {
+        limit_requests: rate.limit_requests,
+        remaining_requests: rate.remaining_requests,
+        reset_requests: rate.reset_requests,
+        limit_tokens: rate.limit_tokens,
+        remaining_tokens: rate.remaining_tokens,
+        reset_tokens: rate.reset_tokens,
+    }
+}

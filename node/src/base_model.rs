@@ -1,0 +1,122 @@
+//! `BaseModelActor`: starts, watches and restarts the engine thread of one base.
+//!
+//! Supervised by the node supervisor. Its only sender is the engine thread, once per engine, so its mailbox
+//! needs no credit. When an engine panics, the requests inside it have already been failed with
+//! `internal_error`; requests in the queue wait for the next engine. A fourth panic within ten seconds stops
+//! the actor with an error, which ends the node. It ends normally when the queue is closed and drained.
+
+use std::sync::Arc;
+
+use model::forward::Runtime;
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+use scheduler::engine::{Engine, EngineEnd};
+use shared::clock::Clock;
+
+use crate::base_room::BaseRoom;
+use crate::engine_source::EngineSource;
+use crate::metrics;
+use crate::restart::{RestartLimiter, Verdict};
+
+/// What the actor is told.
+#[derive(Debug)]
+pub enum BaseModelMsg {
+    /// Sent by the engine thread as its last act.
+    EngineEnded(Result<EngineEnd, String>),
+}
+
+/// What the actor needs.
+pub struct BaseModelArgs {
+    /// The base it runs.
+    pub room: Arc<BaseRoom>,
+    /// Where engine and limiter read the time.
+    pub clock: Arc<dyn Clock>,
+}
+
+/// The actor.
+#[derive(Debug, Default)]
+pub struct BaseModelActor;
+
+/// The actor's working state.
+pub struct BaseModelState {
+    args: BaseModelArgs,
+    limiter: RestartLimiter,
+}
+
+impl Actor for BaseModelActor {
+    type Msg = BaseModelMsg;
+    type State = BaseModelState;
+    type Arguments = BaseModelArgs;
+
+    async fn pre_start(
+        &self,
+        myself: ActorRef<Self::Msg>,
+        args: Self::Arguments,
+    ) -> Result<Self::State, ActorProcessingErr> {
+        start_engine(&args, &myself)?;
+        Ok(BaseModelState { args, limiter: RestartLimiter::default() })
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<Self::Msg>,
+        message: Self::Msg,
+        state: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            BaseModelMsg::EngineEnded(end) => state.on_engine_ended(end, &myself),
+        }
+    }
+}
+
+// === impl BaseModelState ===
+
+impl BaseModelState {
+    fn on_engine_ended(
+        &mut self,
+        end: Result<EngineEnd, String>,
+        myself: &ActorRef<BaseModelMsg>,
+    ) -> Result<(), ActorProcessingErr> {
+        let room = &self.args.room;
+        room.set_up(false);
+        let reason = match end {
+            Ok(EngineEnd::Drained) => {
+                tracing::info!(base = %room.name, "engine drained");
+                myself.stop(None);
+                return Ok(());
+            }
+            Ok(EngineEnd::Panicked(reason)) => reason,
+            // No memory or no thread: trying again at once would not help.
+            Err(reason) => return Err(reason.into()),
+        };
+        metrics::engine_restarted(&room.name);
+        match self.limiter.on_failure(self.args.clock.now()) {
+            Verdict::Restart => {
+                tracing::error!(base = %room.name, %reason, "engine panicked, starting another one");
+                start_engine(&self.args, myself)
+            }
+            Verdict::Escalate => Err(format!("the engine of {} keeps panicking: {reason}", room.name).into()),
+        }
+    }
+}
+
+/// Starts the engine on a thread of its own; the thread reports its end to the actor.
+fn start_engine(args: &BaseModelArgs, myself: &ActorRef<BaseModelMsg>) -> Result<(), ActorProcessingErr> {
+    let (room, clock, myself) = (Arc::clone(&args.room), Arc::clone(&args.clock), myself.clone());
+    std::thread::Builder::new().name(format!("engine-{}", room.name)).spawn(move || {
+        let end = run_engine(&room, clock);
+        // The actor may already be gone when the node stops.
+        let _ = myself.cast(BaseModelMsg::EngineEnded(end));
+    })?;
+    Ok(())
+}
+
+fn run_engine(room: &Arc<BaseRoom>, clock: Arc<dyn Clock>) -> Result<EngineEnd, String> {
+    let runtime =
+        Runtime::new(Arc::clone(&room.model), room.engine.runtime.clone()).map_err(|error| error.to_string())?;
+    let source = EngineSource::new(Arc::clone(room));
+    let engine = Engine::new(runtime, source, Arc::clone(&room.vocabulary), clock, room.engine.scheduling.clone());
+    room.stats.store(engine.stats());
+    room.set_up(true);
+    tracing::info!(base = %room.name, context = room.context(), "engine running");
+    Ok(engine.run())
+}

@@ -1,0 +1,182 @@
+//! Everything of one base model on this node: weights, queue, adapters, grammars, and how its engine fares.
+//!
+//! Built once at start; the actors below the supervisor keep its parts moving, the app submits into it.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use adapters::cache::Command;
+use adapters::{AdapterCache, Loader, Store};
+use arc_swap::ArcSwap;
+use kernels::kv::PAGE_TOKENS;
+use model::base::BaseModel;
+use model::forward::RuntimeOptions;
+use model::info::Numerics;
+use parking_lot::Mutex;
+use queue::{FairConfig, Queue};
+use scheduler::engine::{EngineConfig, EngineStats};
+use scheduler::grammar::GrammarCompiler;
+use scheduler::plan::reserve::ClassReserve;
+use scheduler::vocab::Vocabulary;
+use shared::config::{BaseConfig, ClusterConfig};
+use shared::id::BaseName;
+use tokio::sync::mpsc;
+
+use crate::engine_source::Payload;
+
+/// Longest that the other classes may keep a reserved class's row waiting: one step of the default size on two
+/// slow cores.
+const RESERVE_DELAY_MAX: std::time::Duration = std::time::Duration::from_millis(50);
+/// KV pages per tenant that other tenants' prefixes cannot push out.
+const CACHE_FLOOR_PAGES: u32 = 16;
+
+/// One base model of this node.
+pub struct BaseRoom {
+    /// Name that requests use.
+    pub name: BaseName,
+    /// The frozen model.
+    pub model: Arc<BaseModel>,
+    /// Text and kinds of its tokens.
+    pub vocabulary: Arc<Vocabulary>,
+    /// Compiles answer constraints.
+    pub grammars: GrammarCompiler,
+    /// Whose turn it is.
+    pub queue: Queue<Payload>,
+    /// Which adapters are in memory.
+    pub cache: AdapterCache,
+    /// What the cache's actor works with.
+    pub adapter_loading: AdapterLoading,
+    /// How the engine is set up.
+    pub engine: EngineOptions,
+    /// Numbers of the running engine.
+    pub stats: ArcSwap<EngineStats>,
+    up: AtomicBool,
+}
+
+/// How adapters of a base get into memory.
+pub struct AdapterLoading {
+    /// Does the loading.
+    pub loader: Arc<dyn Loader>,
+    /// Where the files are.
+    pub store: Store,
+    /// The cache's commands, until its actor takes them.
+    pub commands: Mutex<Option<mpsc::UnboundedReceiver<Command>>>,
+}
+
+/// Settings of a base's engine, kept to start it again.
+#[derive(Debug, Clone)]
+pub struct EngineOptions {
+    /// For the forward pass.
+    pub runtime: RuntimeOptions,
+    /// For the loop.
+    pub scheduling: EngineConfig,
+}
+
+// === impl BaseRoom ===
+
+impl BaseRoom {
+    /// Puts the parts of a loaded base together.
+    ///
+    /// # Errors
+    /// When the tokenizer cannot drive grammars.
+    pub fn new(
+        name: BaseName,
+        model: Arc<BaseModel>,
+        cache: AdapterCache,
+        adapter_loading: AdapterLoading,
+        config: &ClusterConfig,
+    ) -> anyhow::Result<Self> {
+        let tokenizer = &model.tokenizer;
+        let n_tokens = u32::try_from(model.info.vocab.max(tokenizer.vocab_size())).unwrap_or(u32::MAX);
+        let spelling = |id: u32| match tokenizer.special_text(id) {
+            Some(text) => (text.as_bytes().to_vec(), true),
+            None => (tokenizer.token_bytes(id).to_vec(), false),
+        };
+        let vocabulary = Arc::new(Vocabulary::new((0..n_tokens).map(spelling), model.info.eos.clone()));
+        let grammars = GrammarCompiler::new(&vocabulary)?;
+        Ok(Self {
+            engine: EngineOptions::new(&model, config),
+            queue: Queue::new(fair_config(config)),
+            stats: ArcSwap::default(),
+            up: AtomicBool::new(false),
+            name,
+            model,
+            vocabulary,
+            grammars,
+            cache,
+            adapter_loading,
+        })
+    }
+
+    /// Loads the weights named in the configuration.
+    ///
+    /// # Errors
+    /// With the path and the loader's reason.
+    pub fn load_model(base: &BaseConfig) -> anyhow::Result<Arc<BaseModel>> {
+        let numerics = if base.exact { Numerics::Exact } else { Numerics::Fast };
+        let model = BaseModel::load(&base.path, numerics).map_err(|error| load_failed(&base.path, &error))?;
+        Ok(Arc::new(model))
+    }
+
+    /// Longest sequence served: the model's context, or what the KV memory holds if that is less.
+    pub fn context(&self) -> usize {
+        self.engine.scheduling.context
+    }
+
+    /// Whether the engine thread runs.
+    pub fn is_up(&self) -> bool {
+        self.up.load(Ordering::Acquire)
+    }
+
+    /// Told by the engine's actor.
+    pub fn set_up(&self, up: bool) {
+        self.up.store(up, Ordering::Release);
+    }
+}
+
+fn load_failed(path: &Path, error: &model::base::LoadError) -> anyhow::Error {
+    let hint =
+        if path.exists() { "" } else { "; hint: scripts/fetch-model gets the model of the shipped cluster.toml" };
+    anyhow::anyhow!("load the base model {}: {error}{hint}", path.display())
+}
+
+fn fair_config(config: &ClusterConfig) -> FairConfig {
+    FairConfig {
+        prefill_weight: config.queue.prefill_weight,
+        decode_weight: config.queue.decode_weight,
+        class_weights: config.queue.class_weights,
+        pass_tokens_max: config.queue.pass_tokens_max,
+        waiting_max: config.queue.depth_total,
+        ..FairConfig::default()
+    }
+}
+
+// === impl EngineOptions ===
+
+impl EngineOptions {
+    fn new(model: &BaseModel, config: &ClusterConfig) -> Self {
+        let engine = &config.engine;
+        let runtime = RuntimeOptions {
+            threads: engine.threads,
+            rows_max: engine.rows_per_step,
+            kv_bytes: engine.kv_bytes,
+            n_logits_max: engine.sequences,
+            poison_freed_pages: cfg!(debug_assertions),
+        };
+        let page_bytes = model::forward::kv_layout(&model.info).bytes_per_page().max(1);
+        let n_pages = engine.kv_bytes / page_bytes;
+        let quota = (n_pages as f64 * engine.prefix_cache_share) as u32;
+        let scheduling = EngineConfig {
+            sequences_max: engine.sequences,
+            prefill_rows_max: engine.prefill_chunk,
+            logits_rows_max: engine.sequences,
+            reserve: ClassReserve { shares: engine.reserves.map(|share| share as f32), delay_max: RESERVE_DELAY_MAX },
+            prefix_cache: quota > 0,
+            cache_quota_pages: quota,
+            cache_floor_pages: CACHE_FLOOR_PAGES.min(quota),
+            ..EngineConfig::new(model.info.hash, model.info.context.min(n_pages * PAGE_TOKENS))
+        };
+        Self { runtime, scheduling }
+    }
+}

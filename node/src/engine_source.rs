@@ -1,0 +1,170 @@
+//! The engine's side of the queue: the next request in fair order whose adapter can be leased now.
+//!
+//! Glue between the fair queue, the adapter cache and the engine; decides only what happens to a request
+//! whose adapter cannot be loaded: the contract's fallback, or an error.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use adapters::{AdapterCache, LeaseDecision, Warmth};
+use queue::{AdapterView, Item, Picked, Queue, Residency};
+use scheduler::grammar::CompiledGrammar;
+use scheduler::source::{CancelFlag, Charge, Room, Work, WorkSource};
+use shared::error::{ErrorKind, RequestError};
+use shared::hash::ContentHash;
+use shared::id::{RequestId, Route};
+use shared::request::Envelope;
+use shared::tenant::{Fallback, Tier};
+use shared::token::TokenEvent;
+use tokio::sync::mpsc;
+
+use crate::base_room::BaseRoom;
+
+/// Adapters ahead in fair order that the cache is told about: it loads them while others run.
+const PREFETCH_ADAPTERS: usize = 16;
+
+/// What travels with a queued request.
+#[derive(Debug)]
+pub struct Payload {
+    /// The admitted request.
+    pub envelope: Arc<Envelope>,
+    /// Its compiled constraint.
+    pub grammar: Option<CompiledGrammar>,
+    /// Where its events go.
+    pub sink: mpsc::Sender<TokenEvent>,
+    /// The client's wish to stop.
+    pub cancel: CancelFlag,
+    /// What the contract says about a broken adapter.
+    pub fallback: Fallback,
+}
+
+impl Payload {
+    /// Ends the request with an error; the channel always has room for it before anything was sent.
+    pub fn fail(&self, error: RequestError) {
+        // A receiver that is gone does not need the news.
+        let _ = self.sink.try_send(TokenEvent::Failed(error));
+    }
+}
+
+/// What an expired request is told.
+pub fn deadline_passed(item: &Item) -> RequestError {
+    let waited_ms = item.deadline.saturating_duration_since(item.admitted_at).as_millis();
+    RequestError::new(
+        ErrorKind::Deadline,
+        "queue_timeout",
+        format!(
+            "the request waited {waited_ms} ms for its turn and its deadline passed; hint: send fewer requests at once, or ask your operator for a larger share"
+        ),
+    )
+}
+
+/// The [`WorkSource`] of one base.
+pub struct EngineSource {
+    room: Arc<BaseRoom>,
+}
+
+impl EngineSource {
+    /// Pulls from the room's queue.
+    pub fn new(room: Arc<BaseRoom>) -> Self {
+        Self { room }
+    }
+
+    fn queue(&self) -> &Queue<Payload> {
+        &self.room.queue
+    }
+
+    /// Turns a picked request into work; `None` when it was answered with an error instead.
+    fn start(&self, picked: Picked<Payload>) -> Result<Option<Work>, Box<Picked<Payload>>> {
+        let id = picked.item.id;
+        let lease = match picked.payload.envelope.adapter.as_ref().map(|pin| pin.hash) {
+            None => None,
+            Some(hash) => match self.room.cache.lease(&hash) {
+                LeaseDecision::Leased(lease) => Some(lease),
+                LeaseDecision::Failed(error) => return Ok(self.without_adapter(picked.payload, id, error.into())),
+                LeaseDecision::Loading | LeaseDecision::NoSlot | LeaseDecision::Absent => return Err(Box::new(picked)),
+            },
+        };
+        Ok(Some(self.work(picked.payload, lease, id)))
+    }
+
+    fn work(&self, payload: Payload, lease: Option<adapters::Lease>, id: RequestId) -> Work {
+        let Payload { envelope, grammar, sink, cancel, .. } = payload;
+        Work { envelope, lease, grammar, sink, cancel, permit: Box::new(self.queue().permit(id)) }
+    }
+
+    /// The contract decides: the base answers and says so, or the client gets the reason (AD-26).
+    fn without_adapter(&self, mut payload: Payload, id: RequestId, error: RequestError) -> Option<Work> {
+        let permit = self.queue().permit(id);
+        tracing::warn!(request_id = %id, tenant_id = %payload.envelope.route.tenant, code = error.code, "adapter cannot be loaded");
+        if payload.fallback == Fallback::Refuse {
+            payload.fail(error);
+            return None;
+        }
+        let envelope = Envelope { adapter: None, fell_back: true, ..payload.envelope.as_ref().clone() };
+        payload.envelope = Arc::new(envelope);
+        let Payload { envelope, grammar, sink, cancel, .. } = payload;
+        Some(Work { envelope, lease: None, grammar, sink, cancel, permit: Box::new(permit) })
+    }
+}
+
+impl WorkSource for EngineSource {
+    fn pull(&mut self, now: Instant, room: Room) -> Option<Work> {
+        let room = queue::Room { sequences: room.sequences, kv_tokens: room.kv_tokens };
+        loop {
+            let mut view = CacheView(&self.room.cache);
+            let Some(picked) = self.queue().next(now, room, &mut view) else {
+                let (order, holds_back) = self.queue().wanted(PREFETCH_ADAPTERS);
+                self.room.cache.prefer(&order, holds_back);
+                return None;
+            };
+            match self.start(picked) {
+                Ok(Some(work)) => return Some(work),
+                Ok(None) => {}
+                Err(picked) => {
+                    // Evicted between the look and the lease: it goes back to the head of its line.
+                    self.queue().put_back(*picked);
+                    return None;
+                }
+            }
+        }
+    }
+
+    fn charge(&mut self, tier: Tier, route: &Route, charge: Charge) {
+        self.queue().charge(tier, route, charge.prefill, charge.decode);
+    }
+
+    fn left(&mut self, id: RequestId) {
+        self.queue().left(id);
+    }
+
+    fn park(&mut self, timeout: Duration) {
+        self.queue().park(timeout);
+    }
+
+    fn closed(&self) -> bool {
+        self.queue().is_closed()
+    }
+}
+
+/// The cache as the queue sees it.
+struct CacheView<'a>(&'a AdapterCache);
+
+impl AdapterView for CacheView<'_> {
+    fn epoch(&self) -> u64 {
+        self.0.epoch()
+    }
+
+    fn residency(&mut self, hash: &ContentHash) -> Residency {
+        match self.0.residency(hash) {
+            Warmth::Ready => Residency::Ready,
+            Warmth::Loading => Residency::Loading,
+            Warmth::NoSlot => Residency::NoSlot,
+            Warmth::Absent => Residency::Absent,
+            Warmth::Failed => Residency::Failed,
+        }
+    }
+
+    fn settled(&mut self, out: &mut Vec<ContentHash>) {
+        self.0.settled(out);
+    }
+}

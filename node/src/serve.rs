@@ -1,0 +1,311 @@
+//! `tenantry node`: from a configuration file to a serving node, and from SIGTERM to a clean end.
+//!
+//! Order of start: configuration, data folder, registry, models, actors, ports. Nothing listens before
+//! everything behind it works. Order of stop: refuse new requests, let running ones finish, flush, exit.
+
+use std::collections::BTreeMap;
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use adapters::{AdapterCache, CacheConfig, DiskLoader, KeySource, Store};
+use anyhow::Context;
+use axum_server::Handle;
+use axum_server::tls_rustls::RustlsConfig;
+use coordinator::auth::AdminKey;
+use coordinator::registry::{Registry, RegistryOptions};
+use parking_lot::Mutex;
+use ractor::{Actor, ActorRef};
+use shared::clock::{Clock, SystemClock};
+use shared::config::{AdapterConfig, BaseConfig, ClusterConfig, NodeConfig, TlsConfig};
+use shared::id::{NodeId, TenantId};
+use shared::seal::TenantKey;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinHandle;
+
+use crate::admin::{self, Admin};
+use crate::app::upload::adapter_limits;
+use crate::app::{App, AppParts};
+use crate::base_room::{AdapterLoading, BaseRoom};
+use crate::gateway;
+use crate::gateway::listen::{self, Bounds};
+use crate::metering::journal::Journal;
+use crate::metrics;
+use crate::supervisor::{NodeSupervisor, SupervisorArgs, SupervisorMsg};
+
+/// Arguments of `tenantry node`.
+#[derive(Debug, clap::Args)]
+pub struct NodeArgs {
+    /// Cluster file, the same for all nodes.
+    #[arg(long, default_value = "cluster.toml")]
+    config: PathBuf,
+    /// Name of this node in the cluster file.
+    #[arg(long)]
+    name: NodeId,
+    /// Check the configuration and exit.
+    #[arg(long)]
+    check: bool,
+    /// Log lines as JSON.
+    #[arg(long)]
+    log_json: bool,
+}
+
+/// Starts the node and returns when it has ended.
+pub fn run(args: &NodeArgs) -> anyhow::Result<()> {
+    let config = ClusterConfig::load(&args.config)?;
+    let node = match config.node(&args.name) {
+        Some(node) => node.clone(),
+        None => {
+            let names: Vec<String> = config.nodes.iter().map(|node| node.name.to_string()).collect();
+            anyhow::bail!("start node {}: {} lists {}", args.name, args.config.display(), names.join(", "));
+        }
+    };
+    if args.check {
+        println!("{} is valid for node {}", args.config.display(), node.name);
+        return Ok(());
+    }
+    log_to_stderr(args.log_json);
+    // The provider is chosen here once, so that no library has to guess.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the async runtime")?;
+    runtime.block_on(serve(config, node))
+}
+
+fn log_to_stderr(json: bool) {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if json { builder.json().init() } else { builder.init() }
+}
+
+async fn serve(config: ClusterConfig, node: NodeConfig) -> anyhow::Result<()> {
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+    let tls = match &config.tls {
+        Some(tls) => Some(load_tls(tls).await?),
+        None => None,
+    };
+    // Ports are taken before the slow part, so that a second node on them fails at once; they answer later.
+    let http = TcpListener::bind(node.http).with_context(|| format!("listen for clients on {}", node.http))?;
+    let operators = TcpListener::bind(node.admin).with_context(|| format!("listen for operators on {}", node.admin))?;
+    let metrics = metrics::install().context("install the metrics recorder")?;
+    let (app, admin_key) = open(config, node, Arc::clone(&clock)).await?;
+    let app = Arc::new(app);
+    let supervisor_args =
+        SupervisorArgs { rooms: app.rooms().values().cloned().collect(), registry: app.registry().clone(), clock };
+    let (supervisor, supervisor_end) = NodeSupervisor::spawn(None, NodeSupervisor, supervisor_args)
+        .await
+        .map_err(|error| anyhow::anyhow!("start the node's actors: {error}"))?;
+
+    let client_router = gateway::router(Arc::clone(&app));
+    let admin_router = admin::router(Arc::new(Admin { app: Arc::clone(&app), key: admin_key, metrics }));
+    let clients = Port::open(http, tls.clone(), client_router);
+    let admins = Port::open(operators, tls.clone(), admin_router);
+    tracing::info!(node = %app.node().name, http = %clients.address, admin = %admins.address, tls = tls.is_some(), "node serves");
+
+    let end = wait_for_end(&app, tls, supervisor_end).await;
+    stop(app, supervisor, clients, admins, end.is_ok()).await;
+    end
+}
+
+/// Everything behind the doors.
+async fn open(config: ClusterConfig, node: NodeConfig, clock: Arc<dyn Clock>) -> anyhow::Result<(App, AdminKey)> {
+    let data = &node.data;
+    create_private(data)?;
+    let options =
+        RegistryOptions::load(&data.join("registry"), &data.join("cluster.key")).context("open the registry")?;
+    let admin_key =
+        AdminKey::load_or_create(&data.join("admin.key"), &options.cluster_key).context("open the admin key")?;
+    let registry = Registry::open(options, None).await.context("open the registry")?;
+    let store = Store::open(&data.join("adapters"), config.adapters.disk_bytes).context("open the adapter store")?;
+    let journal = Journal::open(&data.join("usage")).context("open the usage journal")?;
+    let mut rooms = BTreeMap::new();
+    for base in &config.bases {
+        let room = load_base(base, &config, &store, &registry, Arc::clone(&clock)).await?;
+        rooms.insert(base.name.clone(), Arc::new(room));
+    }
+    let app = App::new(AppParts { config, node, clock, registry, rooms, store, journal });
+    wake_engines_on_load(&app);
+    Ok((app, admin_key))
+}
+
+async fn load_base(
+    base: &BaseConfig,
+    config: &ClusterConfig,
+    store: &Store,
+    registry: &Registry,
+    clock: Arc<dyn Clock>,
+) -> anyhow::Result<BaseRoom> {
+    let wanted = base.clone();
+    let started = clock.now();
+    let model =
+        tokio::task::spawn_blocking(move || BaseRoom::load_model(&wanted)).await.context("load the base model")??;
+    tracing::info!(
+        base = %base.name,
+        took_ms = clock.now().saturating_duration_since(started).as_millis(),
+        weight_bytes = model.weights.bytes(),
+        hash = %model.info.hash.short(),
+        kernels = kernels::backend::describe(),
+        "base model loaded"
+    );
+    let loader = DiskLoader {
+        store: store.clone(),
+        keys: Arc::new(RegistryKeys(registry.clone())),
+        base: Arc::clone(&model),
+        limits: adapter_limits(config, &base.name),
+    };
+    let (cache, commands) = AdapterCache::new(cache_config(&config.adapters), clock);
+    let loading =
+        AdapterLoading { loader: Arc::new(loader), store: store.clone(), commands: Mutex::new(Some(commands)) };
+    BaseRoom::new(base.name.clone(), model, cache, loading, config)
+}
+
+fn cache_config(adapters: &AdapterConfig) -> CacheConfig {
+    CacheConfig {
+        slots: adapters.slots,
+        engine_bytes: adapters.engine_bytes,
+        host_bytes: adapters.host_bytes,
+        loads_at_once: adapters.loads_at_once,
+    }
+}
+
+/// An engine that waits for an adapter wakes when it is there.
+fn wake_engines_on_load(app: &App) {
+    for room in app.rooms().values() {
+        let queue = room.queue.clone();
+        room.cache.set_waker(Arc::new(move || queue.wake()));
+    }
+}
+
+/// Tenants' keys for the adapter loader, from the registry's snapshot.
+struct RegistryKeys(Registry);
+
+impl KeySource for RegistryKeys {
+    fn tenant_key(&self, tenant: &TenantId) -> Option<Arc<TenantKey>> {
+        self.0.snapshot().tenant(tenant).map(|view| Arc::clone(view.key()))
+    }
+}
+
+fn create_private(folder: &Path) -> anyhow::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)
+        .with_context(|| format!("create the data folder {}", folder.display()))
+}
+
+async fn load_tls(tls: &TlsConfig) -> anyhow::Result<(RustlsConfig, TlsConfig)> {
+    let config = RustlsConfig::from_pem_file(&tls.certificate, &tls.key).await.with_context(|| {
+        format!("read the TLS certificate {} and key {}", tls.certificate.display(), tls.key.display())
+    })?;
+    Ok((config, tls.clone()))
+}
+
+/// A listening port and how to stop it.
+struct Port {
+    address: SocketAddr,
+    handle: Handle<SocketAddr>,
+    task: JoinHandle<std::io::Result<()>>,
+}
+
+impl Port {
+    fn open(listener: TcpListener, tls: Option<(RustlsConfig, TlsConfig)>, router: axum::Router) -> Self {
+        let address = listener.local_addr().expect("a bound listener has an address");
+        let handle = Handle::new();
+        let task = tokio::spawn(listen::serve(
+            listener,
+            tls.map(|(config, _)| config),
+            handle.clone(),
+            Bounds::default(),
+            router,
+        ));
+        Self { address, handle, task }
+    }
+
+    async fn close(self, within: Duration) {
+        self.handle.graceful_shutdown(Some(within));
+        match self.task.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(address = %self.address, %error, "listener ended with an error"),
+            Err(error) => tracing::warn!(address = %self.address, %error, "listener panicked"),
+        }
+    }
+}
+
+/// Returns when the node should stop: `Ok` on SIGTERM or SIGINT, the reason when its actors gave up.
+async fn wait_for_end(
+    app: &App,
+    tls: Option<(RustlsConfig, TlsConfig)>,
+    mut supervisor_end: JoinHandle<()>,
+) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("watch for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("watch for SIGINT")?;
+    let mut hangup = signal(SignalKind::hangup()).context("watch for SIGHUP")?;
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+            _ = hangup.recv() => reload_tls(tls.as_ref()).await,
+            _ = &mut supervisor_end => {
+                app.start_draining();
+                anyhow::bail!("keep the node running: its actors gave up; hint: the log above says which and why");
+            }
+        }
+    }
+}
+
+async fn reload_tls(tls: Option<&(RustlsConfig, TlsConfig)>) {
+    let Some((config, files)) = tls else { return };
+    match config.reload_from_pem_file(&files.certificate, &files.key).await {
+        Ok(()) => tracing::info!(certificate = %files.certificate.display(), "TLS certificate reloaded"),
+        Err(error) => {
+            tracing::error!(%error, certificate = %files.certificate.display(), "TLS certificate not reloaded, the old one stays")
+        }
+    }
+}
+
+/// Refuses new requests, waits for running ones up to the drain time (a second signal ends the wait), flushes.
+async fn stop(app: Arc<App>, supervisor: ActorRef<SupervisorMsg>, clients: Port, admins: Port, orderly: bool) {
+    app.start_draining();
+    tracing::info!(in_flight = app.n_in_flight(), "node stops");
+    if orderly {
+        let mut terminate = signal(SignalKind::terminate()).ok();
+        let mut interrupt = signal(SignalKind::interrupt()).ok();
+        let again = async {
+            match (&mut terminate, &mut interrupt) {
+                (Some(terminate), Some(interrupt)) => {
+                    tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+                }
+                _ => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = drained(&app) => {}
+            () = tokio::time::sleep(app.config().drain) => tracing::warn!(in_flight = app.n_in_flight(), "drain time is over"),
+            () = again => tracing::warn!("second signal, stopping at once"),
+        }
+    }
+    for room in app.rooms().values() {
+        for (_, payload) in room.queue.close() {
+            let message = "this node is stopping; hint: retry, another node will answer";
+            payload.fail(shared::error::RequestError::new(
+                shared::error::ErrorKind::Unavailable,
+                "node_stopping",
+                message,
+            ));
+        }
+    }
+    clients.close(Duration::from_secs(1)).await;
+    admins.close(Duration::from_secs(1)).await;
+    supervisor.stop(None);
+    app.registry().stop().await;
+    app.journal().close();
+    tracing::info!("node stopped");
+}
+
+async fn drained(app: &App) {
+    while app.n_in_flight() > 0 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
