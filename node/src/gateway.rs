@@ -27,17 +27,25 @@ pub mod stream;
 pub mod wire;
 pub mod reply;
 pub mod openapi;
+pub mod listen;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 
-use axum::Router;
 use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
+use axum::{Extension, Router};
 
 use self::backend::Backend;
+use self::limits::Pace;
 
 /// The client API over a backend. Every route but health, version and the API document needs a key.
 pub fn router<B: Backend>(backend: Arc<B>) -> Router {
+    router_paced(backend, Pace::default())
+}
+
+fn router_paced<B: Backend>(backend: Arc<B>, pace: Pace) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(routes::chat::<B>))
         .route("/v1/completions", post(routes::completions::<B>))
@@ -52,6 +60,7 @@ pub fn router<B: Backend>(backend: Arc<B>) -> Router {
         .route("/openapi.json", get(openapi::serve))
         .fallback(routes::no_route)
         .method_not_allowed_fallback(routes::no_method)
+        .layer(Extension(pace))
         // Layers wrap what stands above them, fallbacks included: the last one is the outermost.
         .layer(from_fn_with_state(backend.clone(), auth::authenticate::<B>))
         .layer(from_fn_with_state(backend.clone(), auth::identify::<B>))

@@ -22,6 +22,8 @@ pub struct Assembly {
     pub completion_tokens: u32,
     /// Prompt tokens that came from the cache.
     pub cached_tokens: u32,
+    /// The base answers in place of an adapter that cannot be had.
+    pub fell_back: bool,
     /// Log-probabilities of the prompt.
     pub prompt_logprobs: Option<Vec<PositionLogprobs>>,
     /// Time in queue and in forward steps.
@@ -108,6 +110,7 @@ impl Assembly {
             tools,
             completion_tokens: 0,
             cached_tokens: 0,
+            fell_back: false,
             prompt_logprobs: None,
             timing: Timing::default(),
         }
@@ -129,9 +132,10 @@ impl Assembly {
     /// The request's failure, or a broken promise about the events.
     pub fn on_event(&mut self, now: Instant, event: TokenEvent) -> Result<Progress, RequestError> {
         match event {
-            TokenEvent::Started { queue_wait, cached_tokens } => {
+            TokenEvent::Started { queue_wait, cached_tokens, fell_back } => {
                 self.timing.queue_wait = queue_wait;
                 self.cached_tokens = cached_tokens;
+                self.fell_back = fell_back;
                 Ok(Progress::Nothing)
             }
             TokenEvent::Prompt { logprobs } => {

@@ -133,7 +133,7 @@ pub struct ChatInput {
 /// An admitted request and its answer to come.
 pub struct Running {
     /// Events as `shared::token` promises them.
-    pub events: mpsc::Receiver<TokenEvent>,
+    pub events: Events,
     /// Ends the request when dropped.
     pub cancel: CancelOnDrop,
     /// What serves it.
@@ -144,6 +144,41 @@ pub struct Running {
     pub token_text: Arc<dyn TokenText>,
     /// State of the caller's rate limits after this request.
     pub rate: Option<RateState>,
+}
+
+/// A request's events on their way to the reply, seen by whoever counts what was delivered.
+pub struct Events {
+    receiver: mpsc::Receiver<TokenEvent>,
+    tap: Option<Box<dyn EventTap>>,
+}
+
+/// Sees every event that the reply takes; dropped when the reply is over, however it ends.
+pub trait EventTap: Send {
+    /// The reply took this event.
+    fn observe(&mut self, event: &TokenEvent);
+}
+
+impl Events {
+    /// Events that `tap` sees.
+    pub fn new(receiver: mpsc::Receiver<TokenEvent>, tap: Box<dyn EventTap>) -> Self {
+        Self { receiver, tap: Some(tap) }
+    }
+
+    /// The next event; `None` when the engine has let go of the request.
+    pub async fn recv(&mut self) -> Option<TokenEvent> {
+        let event = self.receiver.recv().await?;
+        if let Some(tap) = &mut self.tap {
+            tap.observe(&event);
+        }
+        Some(event)
+    }
+}
+
+impl From<mpsc::Receiver<TokenEvent>> for Events {
+    /// Events that nobody counts.
+    fn from(receiver: mpsc::Receiver<TokenEvent>) -> Self {
+        Self { receiver, tap: None }
+    }
 }
 
 /// What serves a request.

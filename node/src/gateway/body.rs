@@ -1,5 +1,7 @@
 //! Reading a request body within bounds of size and time, before anything looks inside. Used by the routes.
 
+use std::time::Duration;
+
 use axum::body::Body;
 use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::{HeaderMap, Response};
@@ -9,22 +11,26 @@ use serde_json::{Map, Value};
 use shared::error::{ErrorKind, RequestError};
 
 use super::json;
-use super::limits::{BODY_BYTES_MAX, BODY_WAIT_MAX};
+use super::limits::BODY_BYTES_MAX;
 use super::reply::{self, HttpRefusal};
 
 /// The body as a JSON object, or the response that refuses it.
-pub async fn read_object(headers: &HeaderMap, body: Body) -> Result<Map<String, Value>, Box<Response<Body>>> {
+pub async fn read_object(
+    headers: &HeaderMap,
+    body: Body,
+    wait: Duration,
+) -> Result<Map<String, Value>, Box<Response<Body>>> {
     check_type(headers).map_err(Box::new)?;
-    let bytes = read(headers, body).await?;
+    let bytes = read(headers, body, wait).await?;
     json::parse_object(&bytes).map_err(|error| Box::new(reply::failed(&error)))
 }
 
-async fn read(headers: &HeaderMap, body: Body) -> Result<Bytes, Box<Response<Body>>> {
+async fn read(headers: &HeaderMap, body: Body, wait: Duration) -> Result<Bytes, Box<Response<Body>>> {
     let claimed = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     if claimed.is_some_and(|bytes| bytes > BODY_BYTES_MAX as u64) {
         return Err(Box::new(too_large()));
     }
-    match tokio::time::timeout(BODY_WAIT_MAX, Limited::new(body, BODY_BYTES_MAX).collect()).await {
+    match tokio::time::timeout(wait, Limited::new(body, BODY_BYTES_MAX).collect()).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(Box::new(too_large())),
         Ok(Err(_)) => Err(Box::new(reply::http_refusal(HttpRefusal::BodyBroken))),

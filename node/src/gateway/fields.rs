@@ -181,7 +181,7 @@ mod tests {
         assert_eq!(said(fields.count("n", 1, 8)), "outer.n must be an integer from 1 to 8, found 9");
         assert_eq!(said(fields.count("t", 1, 8)), "outer.t must be an integer, found a string");
         assert_eq!(said(fields.count("i", 1, 8)), "outer.i must be an integer from 1 to 8, found 2.5");
-        assert_eq!(said(fields.count("f", 1, 8)), "outer.f must be an integer from 1 to 8, found 1e308");
+        assert_eq!(said(fields.count("f", 1, 8)), "outer.f must be an integer from 1 to 8, found 1e+308");
         assert_eq!(
             said(fields.count("big", 1, 8)),
             "outer.big must be an integer from 1 to 8, found 18446744073709551615"
@@ -190,6 +190,6 @@ mod tests {
         assert_eq!(fields.count("none", 1, 8).expect("null is absent"), None);
         let error = fields.number("f", 0.0..=2.0).expect_err("refused");
         assert_eq!(error.param.as_deref(), Some("outer.f"));
-        assert_eq!(error.message, "outer.f must be a number from 0 to 2, found 1e308");
+        assert_eq!(error.message, "outer.f must be a number from 0 to 2, found 1e+308");
     }
 }

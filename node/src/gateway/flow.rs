@@ -70,6 +70,15 @@ impl Flow {
         self.arrivals.next().await
     }
 
+    /// Learns from events that are still to be taken in what the headers must say.
+    pub fn look_ahead(&mut self, arrivals: &[Arrival]) {
+        for (idx, event) in arrivals {
+            if let Some(TokenEvent::Started { fell_back: true, .. }) = event {
+                self.parts[*idx].assembly.fell_back = true;
+            }
+        }
+    }
+
     /// Whether every choice of every prompt has ended.
     pub fn is_complete(&self) -> bool {
         self.parts.iter().all(|part| part.assembly.is_complete())
@@ -91,7 +100,7 @@ impl Flow {
 
     /// The `tenantry` object of the body.
     pub fn tenantry(&self) -> Option<Tenantry> {
-        let fell_back = self.parts.iter().find(|part| part.served.fell_back)?;
+        let fell_back = self.parts.iter().find(|part| part.served.fell_back || part.assembly.fell_back)?;
         Some(Tenantry { fallback: "base", base: fell_back.served.base.clone() })
     }
 
@@ -104,14 +113,11 @@ impl Flow {
     pub fn headers(&self, headers: &mut HeaderMap) {
         let served = self.served();
         reply::set(headers, "x-tenantry-model", &served.base);
-        if let Some(adapter) = &served.adapter {
-            reply::set(headers, "x-tenantry-adapter", adapter);
-        }
-        if let Some(hash) = &served.adapter_hash {
-            reply::set(headers, "x-tenantry-adapter-hash", hash);
-        }
         if self.tenantry().is_some() {
             reply::set(headers, "x-tenantry-fallback", "base");
+        } else if let (Some(adapter), Some(hash)) = (&served.adapter, &served.adapter_hash) {
+            reply::set(headers, "x-tenantry-adapter", adapter);
+            reply::set(headers, "x-tenantry-adapter-hash", hash);
         }
         if let Some(rate) = self.parts.last().and_then(|part| part.rate) {
             reply::rate_headers(headers, rate);

@@ -56,5 +56,24 @@ pub const FRAMES_AHEAD_MAX: usize = 32;
 /// Events merged into one frame when the engine is ahead.
 pub const EVENTS_PER_FRAME_MAX: usize = 64;
 
+/// The waits of the API together, so that tests can shorten them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pace {
+    /// [`BODY_WAIT_MAX`].
+    pub body_wait: Duration,
+    /// [`STATUS_WAIT_MAX`].
+    pub status_wait: Duration,
+    /// [`KEEP_ALIVE_EVERY`].
+    pub keep_alive: Duration,
+    /// [`STALL_MAX`].
+    pub stall: Duration,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self { body_wait: BODY_WAIT_MAX, status_wait: STATUS_WAIT_MAX, keep_alive: KEEP_ALIVE_EVERY, stall: STALL_MAX }
+    }
+}
+
 const _: () = assert!(JSON_KEYS_MAX < JSON_VALUES_MAX);
 const _: () = assert!(BODY_BYTES_MAX > SCHEMA_BYTES_MAX);

@@ -18,7 +18,7 @@ use super::auth::Caller;
 use super::backend::{Backend, ModelCard, Prepared, model_not_found};
 use super::body;
 use super::flow::{Arrival, Flow};
-use super::limits::{STATUS_WAIT_MAX, TIMEOUT_MAX};
+use super::limits::{Pace, TIMEOUT_MAX};
 use super::reply::{self, HttpRefusal};
 use super::request::chat::ChatRequest;
 use super::request::completion::{CompletionRequest, Prompt};
@@ -33,9 +33,10 @@ type Reply = Response<Body>;
 pub async fn chat<B: Backend>(
     State(backend): State<Arc<B>>,
     Extension(caller): Extension<Caller<B::Who>>,
+    Extension(pace): Extension<Pace>,
     request: Request,
 ) -> Reply {
-    let (headers, body) = match read(backend.as_ref(), &caller.0, request).await {
+    let (headers, body) = match read(backend.as_ref(), &caller.0, request, pace).await {
         Ok(read) => read,
         Err(refusal) => return *refusal,
     };
@@ -52,16 +53,17 @@ pub async fn chat<B: Backend>(
     let id = format!("chatcmpl-{}", prepared.id);
     let shape = shape(backend.as_ref(), id, Kind::Chat, &request.common, request.logprobs);
     let work = Generate { prepared: vec![prepared], shape, tools, stream: request.common.stream };
-    work.run(backend, &caller.0).await
+    work.run(backend, &caller.0, pace).await
 }
 
 /// `POST /v1/completions`.
 pub async fn completions<B: Backend>(
     State(backend): State<Arc<B>>,
     Extension(caller): Extension<Caller<B::Who>>,
+    Extension(pace): Extension<Pace>,
     request: Request,
 ) -> Reply {
-    let (headers, body) = match read(backend.as_ref(), &caller.0, request).await {
+    let (headers, body) = match read(backend.as_ref(), &caller.0, request, pace).await {
         Ok(read) => read,
         Err(refusal) => return *refusal,
     };
@@ -83,16 +85,17 @@ pub async fn completions<B: Backend>(
     let kind = Kind::Text { echo: request.echo.then(|| texts.collect()) };
     let shape = shape(backend.as_ref(), id, kind, &request.common, request.logprobs.is_some());
     let work = Generate { prepared, shape, tools: None, stream: request.common.stream };
-    work.run(backend, &caller.0).await
+    work.run(backend, &caller.0, pace).await
 }
 
 async fn read<B: Backend>(
     backend: &B,
     who: &B::Who,
     request: Request,
+    pace: Pace,
 ) -> Result<(HeaderMap, Map<String, Value>), Box<Reply>> {
     let (parts, body) = request.into_parts();
-    let object = body::read_object(&parts.headers, body).await?;
+    let object = body::read_object(&parts.headers, body, pace.body_wait).await?;
     if names_other_tenant(&object, backend.tenant(who).as_str()) {
         backend.impersonation_refused(who);
         return Err(Box::new(reply::failed(&other_tenant())));
@@ -135,7 +138,7 @@ struct Generate {
 }
 
 impl Generate {
-    async fn run<B: Backend>(self, backend: Arc<B>, who: &B::Who) -> Reply {
+    async fn run<B: Backend>(self, backend: Arc<B>, who: &B::Who, pace: Pace) -> Reply {
         let started = backend.clock().now();
         let stop = self.prepared.first().map(|one| one.stop.clone()).unwrap_or_default();
         let mut runs = Vec::with_capacity(self.prepared.len());
@@ -148,8 +151,8 @@ impl Generate {
         }
         let mut flow = Flow::new(runs, self.shape.n, &stop, self.tools.as_ref());
         if self.stream {
-            return match first_events(&mut flow).await {
-                Ok(first) => stream::respond(backend, self.shape, flow, first),
+            return match first_events(&mut flow, pace.status_wait).await {
+                Ok(first) => stream::respond(backend, self.shape, flow, first, pace),
                 Err(error) => failed_in_flight(&flow, &error),
             };
         }
@@ -185,9 +188,9 @@ fn failed_in_flight(flow: &Flow, error: &RequestError) -> Reply {
 }
 
 /// Waits for the first events of a stream, so that a refusal by the queue still gets its own status. After
-/// [`STATUS_WAIT_MAX`] the stream begins anyway, empty.
-async fn first_events(flow: &mut Flow) -> Result<Vec<Arrival>, RequestError> {
-    let Ok(first) = timeout(STATUS_WAIT_MAX, flow.next()).await else { return Ok(Vec::new()) };
+/// `wait` the stream begins anyway, empty.
+async fn first_events(flow: &mut Flow, wait: Duration) -> Result<Vec<Arrival>, RequestError> {
+    let Ok(first) = timeout(wait, flow.next()).await else { return Ok(Vec::new()) };
     let first = first.ok_or_else(Assembly::broke_off)?;
     match first.iter().find_map(|(_, event)| match event {
         Some(shared::token::TokenEvent::Failed(error)) => Some(error.clone()),

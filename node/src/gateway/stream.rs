@@ -4,7 +4,6 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use axum::body::Body;
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
@@ -21,22 +20,17 @@ use super::answer::{self, Kind, Shape};
 use super::assemble::{Assembly, Ending, Fresh, Progress};
 use super::backend::Backend;
 use super::flow::{Arrival, Flow, count};
-use super::limits::{FRAMES_AHEAD_MAX, KEEP_ALIVE_EVERY, STALL_MAX};
+use super::limits::{FRAMES_AHEAD_MAX, Pace};
 use super::reply::{self, error_body};
 use super::wire::{ChatChunk, ChunkChoice, Completion, CompletionChoice, CompletionLogprobs, Delta, Tenantry, Usage};
 
 /// The streaming response. `first` is what has already arrived.
-pub fn respond<B: Backend>(backend: Arc<B>, shape: Shape, flow: Flow, first: Vec<Arrival>) -> Response<Body> {
-    respond_paced(backend, shape, flow, first, STALL_MAX, KEEP_ALIVE_EVERY)
-}
-
-fn respond_paced<B: Backend>(
+pub fn respond<B: Backend>(
     backend: Arc<B>,
     shape: Shape,
-    flow: Flow,
+    mut flow: Flow,
     first: Vec<Arrival>,
-    stall: Duration,
-    keep_alive: Duration,
+    pace: Pace,
 ) -> Response<Body> {
     let (frames, receiver) = mpsc::channel(FRAMES_AHEAD_MAX);
     let cut = Arc::new(AtomicBool::new(false));
@@ -45,8 +39,9 @@ fn respond_paced<B: Backend>(
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     reply::set(headers, "x-accel-buffering", "no");
+    flow.look_ahead(&first);
     flow.headers(headers);
-    let pump = Pump { backend, writer: Writer::new(shape, flow), frames, cut, stall, keep_alive };
+    let pump = Pump { backend, writer: Writer::new(shape, flow), frames, cut, pace };
     tokio::spawn(pump.run(first));
     response
 }
@@ -74,8 +69,7 @@ struct Pump<B> {
     writer: Writer,
     frames: mpsc::Sender<Bytes>,
     cut: Arc<AtomicBool>,
-    stall: Duration,
-    keep_alive: Duration,
+    pace: Pace,
 }
 
 impl<B: Backend> Pump<B> {
@@ -96,7 +90,7 @@ impl<B: Backend> Pump<B> {
             }
             arrived = tokio::select! {
                 () = self.frames.closed() => return,
-                waited = timeout(self.keep_alive, self.writer.flow.next()) => match waited {
+                waited = timeout(self.pace.keep_alive, self.writer.flow.next()) => match waited {
                     Ok(events) => events,
                     Err(_) => {
                         self.writer.out.extend_from_slice(b": keep-alive\n\n");
@@ -113,7 +107,7 @@ impl<B: Backend> Pump<B> {
         if frame.is_empty() {
             return true;
         }
-        match timeout(self.stall, self.frames.send(frame)).await {
+        match timeout(self.pace.stall, self.frames.send(frame)).await {
             Ok(sent) => sent.is_ok(),
             Err(_) => {
                 metrics::counter!("tenantry_streams_cut_total", "reason" => "slow_reader").increment(1);
@@ -130,8 +124,9 @@ struct Writer {
     flow: Flow,
     out: BytesMut,
     failure: Option<RequestError>,
-    /// Sent once, with the first piece.
+    /// Sent once, with the first piece after it is known.
     tenantry: Option<Tenantry>,
+    told_fallback: bool,
     echo_characters: Vec<u32>,
     echoed: bool,
 }
@@ -139,8 +134,18 @@ struct Writer {
 impl Writer {
     fn new(shape: Shape, flow: Flow) -> Self {
         let tenantry = flow.tenantry();
+        let told_fallback = tenantry.is_some();
         let echo_characters = vec![0; flow.parts.len()];
-        Self { shape, flow, out: BytesMut::new(), failure: None, tenantry, echo_characters, echoed: false }
+        Self {
+            shape,
+            flow,
+            out: BytesMut::new(),
+            failure: None,
+            tenantry,
+            told_fallback,
+            echo_characters,
+            echoed: false,
+        }
     }
 
     /// The role chunk of each choice.
@@ -172,6 +177,11 @@ impl Writer {
                 None if assembly.is_complete() => continue,
                 None => Err(Assembly::broke_off()),
             };
+            if !self.told_fallback && self.flow.parts[prompt_idx].assembly.fell_back {
+                // Known too late for the headers: the stream began before the queue had decided.
+                self.told_fallback = true;
+                self.tenantry = self.flow.tenantry();
+            }
             match progress {
                 Ok(Progress::Nothing) => {}
                 Ok(Progress::Fresh(choice)) => self.fresh(prompt_idx, choice, None),
