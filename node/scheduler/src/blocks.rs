@@ -207,7 +207,8 @@ impl BlockPool {
 
     /// Forgets a tenant's cache (erasure, a new cache secret). Pages still held become private to their holders.
     pub fn forget(&mut self, tenant: &TenantId) {
-        let idle: Vec<u32> = self.tenants.get(tenant).map(|owned| owned.idle.values().copied().collect()).unwrap_or_default();
+        let idle: Vec<u32> =
+            self.tenants.get(tenant).map(|owned| owned.idle.values().copied().collect()).unwrap_or_default();
         idle.into_iter().for_each(|page| self.evict(page));
         if let Some(owned) = self.tenants.remove(tenant) {
             owned.index.into_values().for_each(|page| self.pages[page as usize].key = None);
@@ -316,7 +317,8 @@ mod tests {
     }
 
     fn pool(n_pages: u32, quota: u32, floor: u32) -> BlockPool {
-        let config = PoolConfig { n_pages, tenant_quota_pages: quota, tenant_floor_pages: floor, sequence_pages_max: 2 };
+        let config =
+            PoolConfig { n_pages, tenant_quota_pages: quota, tenant_floor_pages: floor, sequence_pages_max: 2 };
         BlockPool::new(config)
     }
 

@@ -69,7 +69,9 @@ impl GrammarError {
     /// What the client is told; `param` is the request field that carried the grammar.
     pub fn to_request_error(&self, param: &'static str) -> RequestError {
         let (kind, code) = match self {
-            Self::TooLarge { .. } | Self::TooDeep | Self::Refused(_) | Self::TooSlow => (ErrorKind::Invalid, "invalid_schema"),
+            Self::TooLarge { .. } | Self::TooDeep | Self::Refused(_) | Self::TooSlow => {
+                (ErrorKind::Invalid, "invalid_schema")
+            }
             Self::Busy => (ErrorKind::Unavailable, "grammar_compiler_busy"),
             Self::TooComplex(_) => (ErrorKind::Unprocessable, "grammar_too_complex"),
         };
@@ -270,7 +272,8 @@ impl Kept {
         }
         while self.tenants.values().map(Vec::len).sum::<usize>() > KEPT_MAX {
             let oldest = |entries: &Vec<(u64, ContentHash, CompiledGrammar)>| entries.iter().map(|entry| entry.0).min();
-            let owner = self.tenants.iter().filter_map(|(tenant, entries)| Some((oldest(entries)?, tenant.clone()))).min();
+            let owner =
+                self.tenants.iter().filter_map(|(tenant, entries)| Some((oldest(entries)?, tenant.clone()))).min();
             let (_, owner) = owner.expect("more than KEPT_MAX entries exist");
             remove_oldest(self.tenants.get_mut(&owner).expect("found above"));
         }
@@ -331,7 +334,8 @@ fn depth(value: &Value) -> usize {
 /// produce them; the tokenization is declared not canonical, so that it never forces tokens of its own choice.
 fn token_env(vocabulary: &Vocabulary) -> Result<TokEnv, GrammarError> {
     let eos = vocabulary.eos();
-    let n_tokens = u32::try_from(vocabulary.n_tokens()).map_err(|_| refused("the vocabulary has 2^32 tokens or more"))?;
+    let n_tokens =
+        u32::try_from(vocabulary.n_tokens()).map_err(|_| refused("the vocabulary has 2^32 tokens or more"))?;
     let Some(&first) = eos.first() else {
         return Err(refused("the vocabulary has no end-of-answer token"));
     };

@@ -8,7 +8,10 @@
 
 pub mod source;
 pub mod blocks;
+pub mod sequence;
+pub mod plan;
 pub mod sampler;
 pub mod stop;
-pub mod vocab;
 pub mod grammar;
+pub mod vocab;
+pub mod engine;

@@ -278,7 +278,8 @@ fn best(logits: &[f32]) -> Option<Candidate> {
                 *lane = if logit > *lane { logit } else { *lane };
             }
         }
-        let block_top = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |top, &logit| if logit > top { logit } else { top });
+        let block_top =
+            lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |top, &logit| if logit > top { logit } else { top });
         if block_top > top {
             (top, block_at) = (block_top, at);
         }

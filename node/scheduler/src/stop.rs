@@ -39,7 +39,12 @@ impl StopMatcher {
     /// A matcher at the start of an answer. Empty texts match nothing. A text that ends within the first
     /// `min_tokens` tokens is ignored.
     pub fn new(stop: &[String], min_tokens: u32) -> Self {
-        Self { texts: stop.iter().map(|text| Automaton::new(text.as_bytes())).collect(), min_tokens, n_tokens: 0, n_bytes: 0 }
+        Self {
+            texts: stop.iter().map(|text| Automaton::new(text.as_bytes())).collect(),
+            min_tokens,
+            n_tokens: 0,
+            n_bytes: 0,
+        }
     }
 
     /// Takes the bytes of the next token. The earliest end wins; of texts that end together, the first in the list.

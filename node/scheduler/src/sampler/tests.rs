@@ -87,7 +87,8 @@ fn top_k_top_p_and_min_p_cut_the_tail() {
 
 #[test]
 fn penalties_follow_their_formulas() {
-    let settings = Sampling { repetition_penalty: 2.0, presence_penalty: 0.5, frequency_penalty: 0.25, ..sampling(0.0) };
+    let settings =
+        Sampling { repetition_penalty: 2.0, presence_penalty: 0.5, frequency_penalty: 0.25, ..sampling(0.0) };
     let history = History::new(&settings, &[0, 1], &[1, 2, 2]);
     let logits = [4.0, -1.0, 6.0, 0.5];
     let mut row = Vec::new();

@@ -1,0 +1,248 @@
+//! Which rows the next step has: decode rows first, then prompt chunks, within row, page and class limits.
+//!
+//! The engine calls [`Planner::plan`] before and [`Planner::measured`] after every step. Sequences come in order of
+//! admission; when pages run out the youngest loses its own and computes them again later, so that the oldest
+//! always gets on. Prompts share the step's prefill rows evenly, so that a long one does not hold up a short one.
+//! Whose turn it is among tenants is the fair queue's business; here only service classes with reserved step time
+//! ([`reserve`]) come before others.
+
+pub mod reserve;
+
+use shared::tenant::Tier;
+
+use crate::blocks::BlockPool;
+use crate::sequence::{Phase, Sequence};
+use reserve::{ClassReserve, CostModel, Ledger, StepBudget};
+
+/// Smallest chunk worth a run of its own: below it, weights are read for too few rows.
+const CHUNK_ROWS_MIN: usize = 16;
+
+/// Limits of a step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PlanConfig {
+    /// Most rows of a step, as the forward pass allows.
+    pub rows_max: usize,
+    /// Most prompt rows of a step: bounds how long decoding sequences wait for a prompt.
+    pub prefill_rows_max: usize,
+    /// Most rows of one sequence whose logits are all wanted: bounds memory (4 bytes × vocabulary each).
+    pub logits_rows_max: usize,
+    /// Step time reserved for service classes.
+    pub reserve: ClassReserve,
+}
+
+/// Rows of one sequence in the next step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Planned {
+    /// Index of the sequence in the list given to [`Planner::plan`].
+    pub at: usize,
+    /// Its next rows.
+    pub n_rows: usize,
+}
+
+/// The next step.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StepPlan {
+    /// In row order: equal adapters stand together, then oldest first.
+    pub runs: Vec<Planned>,
+    /// Sequences that lost their pages.
+    pub n_preempted: usize,
+}
+
+impl StepPlan {
+    /// Rows of the step.
+    pub fn n_rows(&self) -> usize {
+        self.runs.iter().map(|run| run.n_rows).sum()
+    }
+}
+
+/// Plans steps.
+#[derive(Debug)]
+pub struct Planner {
+    config: PlanConfig,
+    ledger: Ledger,
+    n_steps: u64,
+}
+
+impl Planner {
+    /// A planner that has planned nothing.
+    ///
+    /// # Panics
+    /// When a row limit is 0.
+    pub fn new(config: PlanConfig) -> Self {
+        assert!(config.rows_max > 0 && config.prefill_rows_max > 0 && config.logits_rows_max > 0, "a step has rows");
+        Self { config, ledger: Ledger::new(config.reserve), n_steps: 0 }
+    }
+
+    /// Chooses the rows of the next step and reserves their pages. `sequences` are in order of admission; `cost`
+    /// is what rows have taken so far. Empty only if nothing can run.
+    pub fn plan(&mut self, sequences: &mut [Sequence], pool: &mut BlockPool, cost: &CostModel) -> StepPlan {
+        self.n_steps += 1;
+        readmit(sequences, pool);
+        let runnable =
+            Tier::ALL.map(|tier| sequences.iter().any(|sequence| sequence.tier == tier && is_ready(sequence)));
+        let budget = self.ledger.open(runnable, *cost);
+        let mut draft = Draft {
+            sequences,
+            pool,
+            step: self.n_steps,
+            budget,
+            config: self.config,
+            runs: Vec::new(),
+            n_preempted: 0,
+        };
+        draft.fill();
+        if draft.runs.is_empty() && runnable.contains(&true) {
+            // A reserve must not stop the engine when its own class cannot run.
+            draft.budget = StepBudget::unlimited();
+            draft.fill();
+        }
+        let Draft { mut runs, n_preempted, sequences, .. } = draft;
+        runs.sort_by_key(|run| (sequences[run.at].adapter, run.at));
+        StepPlan { runs, n_preempted }
+    }
+
+    /// Books the time a planned step took.
+    pub fn measured(&mut self, plan: &StepPlan, sequences: &[Sequence], took: std::time::Duration, cost: &CostModel) {
+        let mut rows = [0; 3];
+        plan.runs.iter().for_each(|run| rows[sequences[run.at].tier as usize] += run.n_rows);
+        self.ledger.close(rows, took, cost);
+    }
+}
+
+fn is_ready(sequence: &Sequence) -> bool {
+    matches!(sequence.phase(), Phase::Prefill | Phase::Decode) && !sequence.parked
+}
+
+/// Lets preempted sequences back, oldest first, when there is room for all their tokens: less would soon cost
+/// them their pages again.
+fn readmit(sequences: &mut [Sequence], pool: &mut BlockPool) {
+    let waiting = |sequence: &&mut Sequence| sequence.phase() == Phase::Waiting && !sequence.held && !sequence.parked;
+    for sequence in sequences.iter_mut().filter(waiting) {
+        if (pool.available(&sequence.tenant) as usize) < sequence.n_pages_missing() {
+            break;
+        }
+        sequence.enter(pool);
+    }
+}
+
+/// A step in the making.
+struct Draft<'a> {
+    sequences: &'a mut [Sequence],
+    pool: &'a mut BlockPool,
+    step: u64,
+    budget: StepBudget,
+    config: PlanConfig,
+    runs: Vec<Planned>,
+    n_preempted: usize,
+}
+
+impl Draft<'_> {
+    fn fill(&mut self) {
+        for tier in self.budget.order() {
+            self.add_decodes(tier);
+        }
+        for tier in self.budget.order() {
+            self.add_prefills(tier);
+        }
+    }
+
+    fn n_rows(&self) -> usize {
+        self.runs.iter().map(|run| run.n_rows).sum()
+    }
+
+    /// Sequences of a class that match, least recently served first, then oldest.
+    fn members(&self, tier: Tier, phase: Phase) -> Vec<usize> {
+        let wanted = |sequence: &Sequence| sequence.tier == tier && sequence.phase() == phase && is_ready(sequence);
+        let mut members: Vec<usize> = (0..self.sequences.len()).filter(|&at| wanted(&self.sequences[at])).collect();
+        members.sort_by_key(|&at| (self.sequences[at].last_step, at));
+        members
+    }
+
+    fn add_decodes(&mut self, tier: Tier) {
+        let mut members = self.members(tier, Phase::Decode);
+        let n_allowed = self.budget.decode_rows(tier).min(self.config.rows_max - self.n_rows());
+        members.truncate(n_allowed);
+        // Oldest first: who is planned cannot be preempted in this step.
+        members.sort_unstable();
+        for at in members {
+            self.add(at, 1);
+        }
+    }
+
+    fn add_prefills(&mut self, tier: Tier) {
+        let members = self.members(tier, Phase::Prefill);
+        let n_planned: usize =
+            self.runs.iter().filter(|run| self.sequences[run.at].phase() == Phase::Prefill).map(|run| run.n_rows).sum();
+        let mut n_left = (self.config.prefill_rows_max - n_planned)
+            .min(self.config.rows_max - self.n_rows())
+            .min(self.budget.prefill_rows(tier));
+        let want = |&at: &usize| {
+            let sequence = &self.sequences[at];
+            let n_max = if sequence.all_logits { self.config.logits_rows_max } else { usize::MAX };
+            sequence.n_pending().min(n_max)
+        };
+        let wants: Vec<usize> = members.iter().map(want).collect();
+        let shares = share_out(&wants, n_left);
+        let mut without: Vec<(usize, usize)> = Vec::new();
+        for ((at, want), share) in members.into_iter().zip(wants).zip(shares) {
+            match self.add(at, share) {
+                0 => without.push((at, want)),
+                n_rows => n_left -= n_rows,
+            }
+        }
+        // Whoever found no pages leaves its rows to the others, oldest first: the oldest always finds some.
+        without.sort_unstable();
+        for (at, want) in without {
+            n_left -= self.add(at, want.min(n_left));
+        }
+    }
+
+    /// Plans up to `n_rows` rows of a sequence, preempting younger ones while not even one fits. Returns the rows.
+    fn add(&mut self, at: usize, n_rows: usize) -> usize {
+        // A sequence may have been preempted since it was listed.
+        while n_rows > 0 && is_ready(&self.sequences[at]) {
+            let n_rows = self.sequences[at].reserve(n_rows, self.pool);
+            if n_rows > 0 {
+                self.budget.take(self.sequences[at].tier, n_rows);
+                self.sequences[at].last_step = self.step;
+                self.runs.push(Planned { at, n_rows });
+                return n_rows;
+            }
+            let Some(victim) = self.victim(at) else {
+                break;
+            };
+            self.sequences[victim].preempt(self.pool);
+            self.n_preempted += 1;
+        }
+        0
+    }
+
+    /// Whose pages `at` may have: a parked sequence's, else the youngest that is younger; never a planned one's.
+    fn victim(&self, at: usize) -> Option<usize> {
+        let free_to_go = |other: &usize| {
+            let sequence = &self.sequences[*other];
+            let holds = matches!(sequence.phase(), Phase::Prefill | Phase::Decode) && !sequence.pages().is_empty();
+            holds && *other != at && self.runs.iter().all(|run| run.at != *other)
+        };
+        let candidates = || (0..self.sequences.len()).rev().filter(free_to_go);
+        candidates().find(|&other| self.sequences[other].parked).or_else(|| candidates().find(|&other| other > at))
+    }
+}
+
+/// Shares `n_rows` among wants: first an equal share each (at least a useful chunk), in order while rows last, then
+/// what is left in the same order.
+fn share_out(wants: &[usize], mut n_rows: usize) -> Vec<usize> {
+    let equal = n_rows.checked_div(wants.len()).unwrap_or(0).max(CHUNK_ROWS_MIN);
+    let mut shares = vec![0; wants.len()];
+    for limit in [equal, usize::MAX] {
+        for (share, &want) in shares.iter_mut().zip(wants) {
+            let more = (want - *share).min(limit).min(n_rows);
+            *share += more;
+            n_rows -= more;
+        }
+    }
+    shares
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,265 @@
+use std::time::Duration;
+
+use proptest::prelude::*;
+use shared::hash::ContentHash;
+
+use super::*;
+use crate::blocks::PoolConfig;
+use crate::sequence::SequenceInit;
+
+const PAGE: usize = 4;
+
+fn pool(n_pages: u32) -> BlockPool {
+    BlockPool::new(PoolConfig { n_pages, tenant_quota_pages: 0, tenant_floor_pages: 0, sequence_pages_max: n_pages })
+}
+
+fn config(reserve: ClassReserve) -> PlanConfig {
+    PlanConfig { rows_max: 64, prefill_rows_max: 32, logits_rows_max: 8, reserve }
+}
+
+/// An entered sequence with a prompt of this many tokens.
+fn sequence(request: u64, tier: Tier, n_prompt: usize, adapter: Option<u8>, pool: &mut BlockPool) -> Sequence {
+    let mut sequence = Sequence::new(SequenceInit {
+        request,
+        choice: 0,
+        tier,
+        tenant: format!("t{request}").parse().expect("valid"),
+        cache_secret: [0; 32],
+        base: ContentHash([0; 32]),
+        adapter: adapter.map(|byte| ContentHash([byte; 32])),
+        prompt: vec![1; n_prompt],
+        all_logits: false,
+        page_tokens: PAGE,
+    });
+    sequence.enter(pool);
+    sequence
+}
+
+/// Advances as a step would; decoding sequences emit a token and never end.
+fn run(plan: &StepPlan, sequences: &mut [Sequence], pool: &mut BlockPool) {
+    for planned in &plan.runs {
+        sequences[planned.at].advance(planned.n_rows, pool);
+        if sequences[planned.at].n_pending() == 0 {
+            sequences[planned.at].push(1);
+        }
+    }
+}
+
+fn rows(plan: &StepPlan) -> Vec<(usize, usize)> {
+    plan.runs.iter().map(|run| (run.at, run.n_rows)).collect()
+}
+
+#[test]
+fn decode_rows_come_first_and_prompts_share_the_rest() {
+    let mut pool = pool(100);
+    let mut planner = Planner::new(config(ClassReserve::NONE));
+    let mut sequences: Vec<Sequence> = [3, 100, 20]
+        .into_iter()
+        .zip(1..)
+        .map(|(n, request)| sequence(request, Tier::Shared, n, None, &mut pool))
+        .collect();
+    let cost = CostModel::default();
+    let first = planner.plan(&mut sequences, &mut pool, &cost);
+    assert_eq!(rows(&first), [(0, 3), (1, 16), (2, 13)]);
+    run(&first, &mut sequences, &mut pool);
+    let second = planner.plan(&mut sequences, &mut pool, &cost);
+    assert_eq!(rows(&second), [(0, 1), (1, 25), (2, 7)], "what the short prompt does not need goes to the long one");
+}
+
+#[test]
+fn equal_adapters_stand_together() {
+    let mut pool = pool(100);
+    let mut planner = Planner::new(config(ClassReserve::NONE));
+    let adapters = [Some(2), None, Some(1), Some(2), None];
+    let mut sequences: Vec<Sequence> = adapters
+        .into_iter()
+        .zip(1..)
+        .map(|(adapter, request)| sequence(request, Tier::Shared, 1, adapter, &mut pool))
+        .collect();
+    let plan = planner.plan(&mut sequences, &mut pool, &CostModel::default());
+    assert_eq!(plan.runs.iter().map(|run| run.at).collect::<Vec<_>>(), [1, 4, 2, 0, 3]);
+}
+
+#[test]
+fn the_youngest_loses_its_pages_and_the_oldest_gets_on() {
+    let mut pool = pool(4);
+    let mut planner = Planner::new(config(ClassReserve::NONE));
+    let cost = CostModel::default();
+    let mut sequences =
+        vec![sequence(1, Tier::Shared, 7, None, &mut pool), sequence(2, Tier::Shared, 7, None, &mut pool)];
+    let mut n_preempted = 0;
+    for _ in 0..9 {
+        let plan = planner.plan(&mut sequences, &mut pool, &cost);
+        assert!(plan.runs.iter().any(|run| run.at == 0), "the oldest runs in every step");
+        n_preempted += plan.n_preempted;
+        run(&plan, &mut sequences, &mut pool);
+    }
+    assert_eq!((n_preempted, sequences[1].phase()), (1, Phase::Waiting));
+    sequences[0].finish(&mut pool);
+    assert_eq!(rows(&planner.plan(&mut sequences, &mut pool, &cost)), [(1, 9)], "it comes back with prompt and answer");
+}
+
+#[test]
+fn a_parked_sequence_has_no_rows_and_yields_its_pages_to_anyone() {
+    let mut pool = pool(4);
+    let mut planner = Planner::new(config(ClassReserve::NONE));
+    let cost = CostModel::default();
+    let mut sequences =
+        vec![sequence(1, Tier::Shared, 8, None, &mut pool), sequence(2, Tier::Shared, 8, None, &mut pool)];
+    let plan = planner.plan(&mut sequences, &mut pool, &cost);
+    run(&plan, &mut sequences, &mut pool);
+    sequences[0].parked = true;
+    let plan = planner.plan(&mut sequences, &mut pool, &cost);
+    assert_eq!((rows(&plan), plan.n_preempted), (vec![(1, 1)], 1));
+    assert_eq!(sequences[0].phase(), Phase::Waiting);
+}
+
+#[test]
+fn prompts_with_logits_are_computed_in_smaller_chunks() {
+    let mut pool = pool(100);
+    let mut planner = Planner::new(config(ClassReserve::NONE));
+    let mut sequences = vec![sequence(1, Tier::Shared, 30, None, &mut pool)];
+    sequences[0].all_logits = true;
+    assert_eq!(rows(&planner.plan(&mut sequences, &mut pool, &CostModel::default())), [(0, 8)]);
+}
+
+#[test]
+fn rows_are_shared_evenly_and_completely() {
+    assert_eq!(share_out(&[100, 100], 64), [32, 32]);
+    assert_eq!(share_out(&[5, 100, 100], 64), [5, 38, 21]);
+    assert_eq!(share_out(&[100, 100, 100], 32), [16, 16, 0], "the third is first in the next step");
+    assert_eq!(share_out(&[3, 2], 64), [3, 2]);
+    assert!(share_out(&[], 64).is_empty());
+}
+
+/// Runs `n_steps` steps of decoding sequences with a true cost of 2 ms a step and 1 ms a row; returns the time of
+/// each class: marginal rows for the others, the rest for `owner`, as far as it has rows.
+fn class_times(tiers: &[Tier], reserve: ClassReserve, owner: Tier, n_steps: usize) -> (f64, f64) {
+    let mut pool = pool(100_000);
+    let mut planner = Planner::new(config(reserve));
+    let mut cost = CostModel::default();
+    let mut sequences: Vec<Sequence> =
+        tiers.iter().zip(1..).map(|(&tier, request)| sequence(request, tier, 1, None, &mut pool)).collect();
+    let (mut own, mut others) = (0.0, 0.0);
+    for _ in 0..n_steps {
+        let plan = planner.plan(&mut sequences, &mut pool, &cost);
+        let n_own = plan.runs.iter().filter(|run| sequences[run.at].tier == owner).count() as f64;
+        let n_others = plan.n_rows() as f64 - n_own;
+        let fixed = 2.0;
+        own += if n_own > 0.0 { fixed + n_own } else { 0.0 };
+        others += if n_own > 0.0 { n_others } else { fixed + n_others };
+        let took = Duration::from_secs_f64((fixed + plan.n_rows() as f64) / 1000.0);
+        cost.learn(plan.n_rows(), took);
+        planner.measured(&plan, &sequences, took, &cost);
+        run(&plan, &mut sequences, &mut pool);
+    }
+    (own, others)
+}
+
+fn reserve(shares: [f32; 3]) -> ClassReserve {
+    ClassReserve { shares, delay_max: Duration::from_millis(20) }
+}
+
+#[test]
+fn a_reserved_class_keeps_its_share_of_step_time_against_a_flood() {
+    let mut tiers = vec![Tier::Shared; 50];
+    tiers.push(Tier::Premium);
+    for share in [0.3, 0.5, 0.9] {
+        let (own, others) = class_times(&tiers, reserve([0.0, share, 0.0]), Tier::Premium, 2000);
+        let found = others / (own + others);
+        let most = 1.0 - f64::from(share);
+        assert!(found <= most * 1.02 && found >= most * 0.9, "others used {found} of the time, allowed {most}");
+    }
+}
+
+#[test]
+fn two_reserves_hold_at_once_and_nothing_stalls() {
+    let mut tiers = vec![Tier::Shared; 30];
+    tiers.extend([Tier::Premium; 10]);
+    tiers.push(Tier::Isolated);
+    let shares = reserve([0.0, 0.4, 0.4]);
+    let (own, others) = class_times(&tiers, shares, Tier::Isolated, 2000);
+    assert!(others / (own + others) <= 0.62, "isolated has {own} of {}", own + others);
+    let (own, others) = class_times(&tiers, shares, Tier::Premium, 2000);
+    assert!(others / (own + others) <= 0.62, "premium has {own} of {}", own + others);
+}
+
+#[test]
+fn an_idle_reserve_bounds_the_steps_of_others_and_starves_nobody() {
+    let mut pool = pool(1000);
+    let mut planner = Planner::new(config(reserve([0.0, 0.9, 0.0])));
+    let cost = CostModel::default();
+    let mut sequences: Vec<Sequence> =
+        (1..41).map(|request| sequence(request, Tier::Shared, 30, None, &mut pool)).collect();
+    for _ in 0..200 {
+        let plan = planner.plan(&mut sequences, &mut pool, &cost);
+        assert!(plan.n_rows() <= 20, "20 ms at 1 ms a row");
+        run(&plan, &mut sequences, &mut pool);
+    }
+    // 200 steps of 20 rows, 1200 of them prompts; once all decode, three quarters of a step's time are used.
+    let emitted: Vec<usize> = sequences.iter().map(Sequence::n_emitted).collect();
+    assert!(emitted.iter().all(|&n| n > 30), "{emitted:?}");
+    assert!(emitted.iter().sum::<usize>() > 2000, "{emitted:?}");
+}
+
+#[test]
+fn the_cost_model_finds_fixed_and_row_cost() {
+    let mut cost = CostModel::default();
+    for n_rows in (1..60).cycle().take(600) {
+        cost.learn(n_rows, Duration::from_micros(3000 + 250 * n_rows as u64));
+    }
+    let (fixed, row) = cost.secs();
+    assert!((fixed - 3e-3).abs() < 1e-4 && (row - 0.25e-3).abs() < 1e-5, "{fixed} {row}");
+    let mut flat = CostModel::default();
+    (0..2000).for_each(|_| flat.learn(8, Duration::from_millis(4)));
+    let (fixed, row) = flat.secs();
+    assert!((fixed + 8.0 * row - 4e-3).abs() < 1e-4, "{fixed} {row}");
+}
+
+proptest! {
+    #[test]
+    fn a_step_stays_within_its_limits_and_someone_always_runs(
+        prompts in prop::collection::vec((1_usize..60, 0_usize..3, prop::option::of(0_u8..3), any::<bool>()), 1..12),
+        n_pages in 20_u32..60, rows_max in 12_usize..40, prefill_rows_max in 1_usize..40,
+        shares in prop::array::uniform3(prop::sample::select(vec![0.0_f32, 0.3, 0.9])),
+    ) {
+        let mut pool = pool(n_pages);
+        let mut planner = Planner::new(PlanConfig { rows_max, prefill_rows_max, logits_rows_max: 8, reserve: reserve(shares) });
+        let mut sequences: Vec<Sequence> = prompts
+            .iter()
+            .zip(1..)
+            .map(|(&(n_prompt, tier, adapter, _), request)| sequence(request, Tier::ALL[tier], n_prompt, adapter, &mut pool))
+            .collect();
+        for (sequence, &(.., parked)) in sequences.iter_mut().zip(&prompts) {
+            sequence.parked = parked;
+        }
+        let can_run = prompts.iter().any(|prompt| !prompt.3);
+        for _ in 0..40 {
+            let plan = planner.plan(&mut sequences, &mut pool, &CostModel::default());
+            prop_assert_eq!(plan.runs.is_empty(), !can_run);
+            prop_assert!(plan.n_rows() <= rows_max);
+            let prefills = plan.runs.iter().filter(|run| sequences[run.at].phase() == Phase::Prefill);
+            prop_assert!(prefills.map(|run| run.n_rows).sum::<usize>() <= prefill_rows_max);
+            let mut planned: Vec<usize> = plan.runs.iter().map(|run| run.at).collect();
+            let adapters: Vec<_> = planned.iter().map(|&at| sequences[at].adapter).collect();
+            prop_assert!(adapters.is_sorted());
+            planned.sort_unstable();
+            planned.dedup();
+            prop_assert_eq!(planned.len(), plan.runs.len());
+            for run in &plan.runs {
+                let sequence = &sequences[run.at];
+                prop_assert!(!sequence.parked && run.n_rows <= sequence.n_pending());
+                prop_assert!(sequence.pages().len() * PAGE >= sequence.computed() + run.n_rows);
+            }
+            pool.assert_consistent();
+            run(&plan, &mut sequences, &mut pool);
+            for sequence in sequences.iter_mut().filter(|sequence| sequence.n_emitted() > 15) {
+                sequence.finish(&mut pool);
+            }
+            sequences.retain(|sequence| sequence.phase() != Phase::Done);
+            if sequences.iter().all(|sequence| sequence.parked) {
+                break;
+            }
+        }
+    }
+}
