@@ -94,6 +94,21 @@ fn a_deleted_tenants_keys_are_unknown_and_its_successor_shares_no_secret() {
 }
 
 #[test]
+fn a_dead_key_that_made_room_for_a_new_one_is_forgotten() {
+    let mut world = World::new();
+    let first = world.create("acme");
+    let first_id = world.snapshot.authenticate(first.reveal(), 200).expect("valid").key_id();
+    let add = |world: &mut World| {
+        let key = world.secrets.api_key([Scope::Infer].into(), 100, None).1;
+        world.apply(Action::AddKey { tenant: id("acme"), key });
+    };
+    (1..crate::registry::bounds::KEYS_MAX).for_each(|_| add(&mut world));
+    world.apply(Action::RevokeKey { tenant: id("acme"), key_id: first_id, at_s: 150 });
+    add(&mut world);
+    assert_eq!(world.snapshot.authenticate(first.reveal(), 200).err(), Some(AuthError::Invalid));
+}
+
+#[test]
 fn unknown_ids_and_wrong_secrets_are_told_the_same() {
     let mut world = World::new();
     let key = world.create("acme");
