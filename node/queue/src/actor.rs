@@ -120,3 +120,53 @@ impl<T> FairQueueState<T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use shared::clock::ManualClock;
+    use shared::id::{RequestId, Route};
+    use shared::tenant::Tier;
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_timer_answers_expired_requests_and_the_mailbox_answers_questions() {
+        let clock = ManualClock::default();
+        let queue = Queue::new(FairConfig::default());
+        let (expired, mut answered) = mpsc::unbounded_channel();
+        let args = FairQueueArgs {
+            queue: queue.clone(),
+            clock: Arc::new(clock.clone()),
+            tick: Duration::from_millis(2),
+            on_expired: Arc::new(move |item: Item, payload: &str| expired.send((item.id, payload)).expect("listening")),
+        };
+        let (actor, ended) = Actor::spawn(None, FairQueueActor::default(), args).await.expect("starts");
+        let now = clock.now();
+        let item = |id, lives_s| Item {
+            id: RequestId(id),
+            route: Route { tenant: "acme".parse().expect("tenant"), task: None },
+            tier: Tier::Shared,
+            weight: 1,
+            concurrency: 1,
+            queue_depth: 8,
+            adapter: None,
+            n_sequences: 1,
+            prompt_tokens: 4,
+            kv_tokens: 4,
+            admitted_at: now,
+            deadline: now + Duration::from_secs(lives_s),
+        };
+        let _short = queue.submit(now, item(1, 1), "short").expect("accepted");
+        let _long = queue.submit(now, item(2, 60), "long").expect("accepted");
+        clock.advance(Duration::from_secs(2));
+        assert_eq!(answered.recv().await, Some((RequestId(1), "short")));
+        let stats = ractor::call!(actor, FairQueueMsg::Stats).expect("answers");
+        assert_eq!((stats.classes[0].waiting, stats.classes[0].oldest_wait), (1, Duration::from_secs(2)));
+        actor.cast(FairQueueMsg::Configure(FairConfig { waiting_max: 1, ..FairConfig::default() })).expect("runs");
+        ractor::call!(actor, FairQueueMsg::Stats).expect("configured before it answers");
+        assert!(queue.submit(clock.now(), item(3, 60), "refused").is_err());
+        actor.stop(None);
+        ended.await.expect("ends");
+    }
+}

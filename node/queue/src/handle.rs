@@ -203,3 +203,143 @@ impl<T> Queue<T> {
         self.0.closed.load(Ordering::Acquire)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use shared::clock::{Clock, SystemClock};
+    use shared::hash::ContentHash;
+
+    use super::*;
+    use crate::item::Residency;
+
+    struct NoAdapters;
+
+    impl AdapterView for NoAdapters {
+        fn epoch(&self) -> u64 {
+            0
+        }
+
+        fn residency(&mut self, _hash: &ContentHash) -> Residency {
+            Residency::Absent
+        }
+
+        fn settled(&mut self, _out: &mut Vec<ContentHash>) {}
+    }
+
+    const ROOM: Room = Room { sequences: 8, kv_tokens: 1 << 20 };
+
+    fn item(now: Instant, id: u128) -> Item {
+        Item {
+            id: RequestId(id),
+            route: Route { tenant: "acme".parse().expect("tenant"), task: None },
+            tier: Tier::Shared,
+            weight: 1,
+            concurrency: 1,
+            queue_depth: 100_000,
+            adapter: None,
+            n_sequences: 1,
+            prompt_tokens: 4,
+            kv_tokens: 4,
+            admitted_at: now,
+            deadline: now + Duration::from_secs(60),
+        }
+    }
+
+    #[test]
+    fn a_dropped_ticket_takes_its_request_out() {
+        let (queue, now) = (Queue::new(FairConfig::default()), SystemClock.now());
+        let kept = queue.submit(now, item(now, 1), "kept").expect("accepted");
+        drop(queue.submit(now, item(now, 2), "dropped").expect("accepted"));
+        assert_eq!(queue.n_waiting(), 1);
+        assert_eq!(queue.next(now, ROOM, &mut NoAdapters).map(|picked| picked.payload), Some("kept"));
+        drop(kept);
+        assert!(queue.next(now, ROOM, &mut NoAdapters).is_none());
+    }
+
+    #[test]
+    fn a_permit_gives_its_place_back_even_when_its_holder_unwinds() {
+        let (queue, now) = (Queue::new(FairConfig::default()), SystemClock.now());
+        let _tickets = [1, 2].map(|id| queue.submit(now, item(now, id), ()).expect("accepted"));
+        let first = queue.next(now, ROOM, &mut NoAdapters).expect("picked");
+        let permit = queue.permit(first.item.id);
+        assert!(queue.next(now, ROOM, &mut NoAdapters).is_none(), "the tenant's cap is one");
+        let held = thread::spawn(move || {
+            let _permit = permit;
+            std::panic::resume_unwind(Box::new("the engine died"));
+        });
+        assert!(held.join().is_err());
+        assert!(queue.next(now, ROOM, &mut NoAdapters).is_some());
+    }
+
+    #[test]
+    fn parking_ends_at_a_submission_and_a_wake_before_it_is_not_lost() {
+        let queue: Queue<()> = Queue::new(FairConfig::default());
+        let started = SystemClock.now();
+        queue.wake();
+        queue.park(Duration::from_secs(20));
+        let sleeper = thread::spawn({
+            let queue = queue.clone();
+            move || {
+                while queue.n_waiting() == 0 {
+                    queue.park(Duration::from_secs(20));
+                }
+            }
+        });
+        let _ticket = queue.submit(started, item(started, 1), ()).expect("accepted");
+        sleeper.join().expect("woken");
+        assert!(started.elapsed() < Duration::from_secs(10));
+        queue.park(Duration::from_millis(1));
+    }
+
+    #[test]
+    fn a_closed_queue_returns_what_waited_and_refuses_the_rest() {
+        let (queue, now) = (Queue::new(FairConfig::default()), SystemClock.now());
+        let tickets: Vec<_> = (0..5).map(|id| queue.submit(now, item(now, id), id).expect("accepted")).collect();
+        let drained: Vec<u128> = queue.close().into_iter().map(|(_, id)| id).collect();
+        assert_eq!(drained, [0, 1, 2, 3, 4]);
+        assert_eq!(queue.submit(now, item(now, 9), 9).err(), Some(SubmitError::Closed));
+        assert!(queue.is_closed());
+        drop(tickets);
+    }
+
+    #[test]
+    fn a_storm_of_cancellations_from_many_threads_leaves_nothing_behind() {
+        let (queue, now) = (Queue::new(FairConfig::default()), SystemClock.now());
+        let engine = thread::spawn({
+            let queue = queue.clone();
+            move || {
+                let mut picked_n = 0;
+                while !(queue.is_closed() && queue.n_waiting() == 0) {
+                    queue.park(Duration::from_millis(1));
+                    while let Some(picked) = queue.next(now, ROOM, &mut NoAdapters) {
+                        picked_n += 1;
+                        drop(queue.permit(picked.item.id));
+                    }
+                }
+                picked_n
+            }
+        });
+        let clients: Vec<_> = (0..4_u128)
+            .map(|client| {
+                let queue = queue.clone();
+                thread::spawn(move || {
+                    for n in 0..2_000 {
+                        let ticket = queue.submit(now, item(now, client * 10_000 + n), ()).expect("accepted");
+                        thread::yield_now();
+                        drop(ticket);
+                    }
+                })
+            })
+            .collect();
+        for client in clients {
+            client.join().expect("client ended");
+        }
+        assert!(queue.close().is_empty(), "every ticket was dropped");
+        let picked_n: u32 = engine.join().expect("engine ended");
+        let stats = queue.stats(now);
+        println!("8,000 requests, {picked_n} picked before their cancellation");
+        assert_eq!((stats.running, stats.classes[0].waiting, stats.classes[0].running_sequences), (0, 0, 0));
+    }
+}
