@@ -20,7 +20,7 @@ pub async fn read_object(
     body: Body,
     wait: Duration,
 ) -> Result<Map<String, Value>, Box<Response<Body>>> {
-    check_type(headers).map_err(Box::new)?;
+    check_type(headers)?;
     let bytes = read(headers, body, wait).await?;
     json::parse_object(&bytes).map_err(|error| Box::new(reply::failed(&error)))
 }
@@ -44,7 +44,7 @@ fn too_large() -> Response<Body> {
 }
 
 /// JSON, or nothing said; anything else is a mistake worth telling.
-fn check_type(headers: &HeaderMap) -> Result<(), Response<Body>> {
+fn check_type(headers: &HeaderMap) -> Result<(), Box<Response<Body>>> {
     let encoded = headers.get(CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity");
     let is_json = headers.get(CONTENT_TYPE).is_none_or(|value| {
         let kind = value.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
@@ -52,5 +52,5 @@ fn check_type(headers: &HeaderMap) -> Result<(), Response<Body>> {
             || kind == "text/json"
             || (kind.starts_with("application/") && kind.ends_with("+json"))
     });
-    if is_json && !encoded { Ok(()) } else { Err(reply::http_refusal(HttpRefusal::MediaType)) }
+    if is_json && !encoded { Ok(()) } else { Err(Box::new(reply::http_refusal(HttpRefusal::MediaType))) }
 }

@@ -233,14 +233,14 @@ mod tests {
             ),
             [add.clone(), weather.clone()]
         );
-        assert_eq!(calls(r#"{"name": "add", "parameters": {"a": 1}}"#), [add.clone()]);
+        assert_eq!(calls(r#"{"name": "add", "parameters": {"a": 1}}"#), std::slice::from_ref(&add));
         assert_eq!(
             calls(
                 r#"<|python_tag|>{"name": "add", "parameters": {"a": 1}}; {"name": "weather", "parameters": {"at": "Ulm"}}<|eom_id|>"#
             ),
             [add.clone(), weather.clone()]
         );
-        assert_eq!(calls(r#"[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}]"#), [add.clone()]);
+        assert_eq!(calls(r#"[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}]"#), std::slice::from_ref(&add));
         assert_eq!(calls(r#"[TOOL_CALLS]add{"a": 1}[TOOL_CALLS]weather[ARGS]{"at": "Ulm"}"#), [add.clone(), weather]);
         assert_eq!(calls(r#"<tool_call>{"name": "add", "arguments": "{\"a\": 1}"}"#), [add]);
     }
