@@ -1,10 +1,10 @@
 //! A whole base model from a path: a GGUF file or a Hugging Face directory.
 //!
 //! The app calls [`BaseModel::load`] once at start, on a blocking thread. The steps are the same for both
-//! formats and live here and in [`assemble`]: facts, then a check that exactly the expected tensors are there
+//! formats and live here and in `assemble`: facts, then a check that exactly the expected tensors are there
 //! with the expected shapes, then reading and packing one tensor at a time, so that no more than the packed
 //! weights and one raw tensor are in memory. What is format-specific lies in [`crate::gguf`] and [`crate::hf`], what is
-//! family-specific in [`family`].
+//! family-specific in `family`.
 
 pub(crate) mod assemble;
 pub(crate) mod family;

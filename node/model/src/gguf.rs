@@ -79,6 +79,3 @@ fn template(source: &str, info: &crate::info::ModelInfo, tokenizer: &Tokenizer) 
         .with_global("bos_token", text(info.bos))
         .with_global("eos_token", text(info.eos.first().copied())))
 }
-
-#[cfg(test)]
-mod tests;

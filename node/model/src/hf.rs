@@ -1,8 +1,8 @@
 //! Loads a Hugging Face directory: `config.json`, `tokenizer.json`, `tokenizer_config.json`,
 //! `chat_template.jinja`, `generation_config.json`, and safetensors, in one file or sharded with an index.
 //!
-//! [`facts`] reads the configuration strictly (what would change the results and is not implemented is refused
-//! by name), [`tensors`] reads one tensor at a time by its place in the file, so that a large file is never in
+//! `facts` reads the configuration strictly (what would change the results and is not implemented is refused
+//! by name), `tensors` reads one tensor at a time by its place in the file, so that a large file is never in
 //! memory as a whole. Pickled weights are not read.
 
 mod facts;
@@ -128,6 +128,3 @@ fn read_text(path: &Path) -> Result<Option<String>, LoadError> {
     }
     std::fs::read_to_string(path).map(Some).map_err(|error| LoadError::read(path, &error))
 }
-
-#[cfg(test)]
-mod tests;

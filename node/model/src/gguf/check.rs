@@ -362,7 +362,7 @@ fn read_tensor(source: &mut Source<impl Read>, limits: &Limits) -> Result<Tensor
         )
     })?;
     let block = dtype.block_size() as u64;
-    if dims[0] as u64 % block != 0 {
+    if !(dims[0] as u64).is_multiple_of(block) {
         return Err(invalid(what(), &format!("rows of {} values", dims[0]), "rows are a multiple of the block size"));
     }
     let size = (n_values / block).checked_mul(dtype.type_size() as u64);
@@ -383,7 +383,7 @@ fn place_tensors(
     let data_start = header_bytes.next_multiple_of(alignment);
     for tensor in tensors.iter_mut() {
         let Range { start, end } = tensor.bytes;
-        if start % alignment != 0 {
+        if !start.is_multiple_of(alignment) {
             let found = format!("offset {start} with alignment {alignment}");
             return Err(invalid(format!("tensor {:?}", tensor.name), &found, "offsets are multiples of the alignment"));
         }
