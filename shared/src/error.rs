@@ -58,7 +58,11 @@ impl RequestError {
     }
 
     /// A wrong field of the request.
-    pub fn field(code: &'static str, param: impl Into<Cow<'static, str>>, message: impl Into<Cow<'static, str>>) -> Self {
+    pub fn field(
+        code: &'static str,
+        param: impl Into<Cow<'static, str>>,
+        message: impl Into<Cow<'static, str>>,
+    ) -> Self {
         Self { param: Some(param.into()), ..Self::new(ErrorKind::Invalid, code, message) }
     }
 
@@ -71,7 +75,11 @@ impl RequestError {
 
     /// Our own fault: logged in full where it arose, told to the client without details.
     pub fn internal() -> Self {
-        Self::new(ErrorKind::Internal, "internal_error", "the server failed to handle this request; it has been logged, please retry")
+        Self::new(
+            ErrorKind::Internal,
+            "internal_error",
+            "the server failed to handle this request; it has been logged, please retry",
+        )
     }
 }
 

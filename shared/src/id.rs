@@ -35,11 +35,7 @@ fn check_name(what: &'static str, text: &str, extra: &[u8], rule: &'static str) 
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let ends_plain = matches!((bytes.first(), bytes.last()), (Some(&a), Some(&z)) if plain(a) && plain(z));
     let all_allowed = bytes.iter().all(|&b| plain(b) || extra.contains(&b));
-    if ends_plain && all_allowed && bytes.len() <= NAME_BYTES_MAX {
-        Ok(())
-    } else {
-        Err(invalid(what, text, rule))
-    }
+    if ends_plain && all_allowed && bytes.len() <= NAME_BYTES_MAX { Ok(()) } else { Err(invalid(what, text, rule)) }
 }
 
 macro_rules! name_type {
@@ -130,7 +126,8 @@ impl FromStr for AdapterName {
     type Err = InvalidId;
 
     fn from_str(text: &str) -> Result<Self, InvalidId> {
-        const RULE: &str = "use {client}-{task}-{base}-v{major}.{minor}.{patch}, for example acme-support-smollm2-v1.0.0";
+        const RULE: &str =
+            "use {client}-{task}-{base}-v{major}.{minor}.{patch}, for example acme-support-smollm2-v1.0.0";
         let bad = || invalid("adapter name", text, RULE);
         let (stem, version) = text.rsplit_once("-v").ok_or_else(bad)?;
         let (rest, base) = stem.rsplit_once('-').ok_or_else(bad)?;
@@ -236,9 +233,17 @@ mod tests {
     #[test]
     fn malformed_adapter_names_are_refused() {
         for text in [
-            "", "acme", "acme-support-v1.0.0", "acme-support-llama3-v1.0", "acme-support-llama3-v1.0.0.0",
-            "acme-support-llama3-v01.0.0", "acme-support-llama3-v1.0.x", "Acme-support-llama3-v1.0.0",
-            "-support-llama3-v1.0.0", "acme-../etc-llama3-v1.0.0", "acme-support-llama3-v1.0.99999999999",
+            "",
+            "acme",
+            "acme-support-v1.0.0",
+            "acme-support-llama3-v1.0",
+            "acme-support-llama3-v1.0.0.0",
+            "acme-support-llama3-v01.0.0",
+            "acme-support-llama3-v1.0.x",
+            "Acme-support-llama3-v1.0.0",
+            "-support-llama3-v1.0.0",
+            "acme-../etc-llama3-v1.0.0",
+            "acme-support-llama3-v1.0.99999999999",
         ] {
             assert!(text.parse::<AdapterName>().is_err(), "{text:?} was accepted");
         }

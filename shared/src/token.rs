@@ -49,6 +49,8 @@ pub enum TokenEvent {
         queue_wait: Duration,
         /// Prompt tokens whose KV came from the tenant's prefix cache.
         cached_tokens: u32,
+        /// The base answers in place of an adapter that is missing or cannot be loaded.
+        fell_back: bool,
     },
     /// Log-probabilities of prompt tokens 1…, when asked for; sent once, before the first token.
     Prompt {
