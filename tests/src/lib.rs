@@ -4,6 +4,7 @@
 
 use std::path::PathBuf;
 
+pub mod process;
 pub mod tiny;
 
 /// Path of the real model (SmolLM2-135M-Instruct, GGUF Q4_1): `TENANTRY_MODEL`, else where `scripts/fetch-model`

@@ -1,0 +1,361 @@
+//! A real node as a process: started from a generated cluster file, driven over its real ports, killed as
+//! tests please. Used by the end-to-end tests; nothing here knows the node's insides.
+
+use std::io::{BufRead, BufReader, Read};
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+/// What a node is started with.
+#[derive(Debug, Clone)]
+pub struct NodeSpec {
+    /// Base model file or folder.
+    pub model: PathBuf,
+    /// Name of the base.
+    pub base: &'static str,
+    /// `fast` or `exact`.
+    pub numerics: &'static str,
+    /// Further lines of the cluster file: whole tables.
+    pub tables: String,
+}
+
+impl NodeSpec {
+    /// A node with the real model.
+    pub fn real() -> Self {
+        Self { model: crate::model_file(), base: "smollm2", numerics: "fast", tables: String::new() }
+    }
+
+    /// A node with a generated tiny model in `folder`.
+    pub fn tiny(folder: &Path) -> Self {
+        Self { model: crate::tiny::model(folder), base: "tiny", numerics: "exact", tables: String::new() }
+    }
+
+    /// Adds tables to the cluster file, such as `"[adapters]\nslots = 4"`.
+    #[must_use]
+    pub fn with(mut self, tables: &str) -> Self {
+        self.tables.push_str(tables);
+        self.tables.push('\n');
+        self
+    }
+}
+
+/// A running node. Killed when dropped.
+#[derive(Debug)]
+pub struct NodeProcess {
+    child: Child,
+    folder: PathBuf,
+    http: SocketAddr,
+    admin: SocketAddr,
+    agent: ureq::Agent,
+}
+
+/// An HTTP answer.
+#[derive(Debug)]
+pub struct Answer {
+    /// Status code.
+    pub status: u16,
+    /// Headers by lower-case name.
+    pub headers: Vec<(String, String)>,
+    /// JSON body; `null` if it was none.
+    pub body: Value,
+    /// The body as it came.
+    pub text: String,
+}
+
+impl Answer {
+    /// A header's value.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(found, _)| found == name).map(|(_, value)| value.as_str())
+    }
+
+    /// `error.code` of the body.
+    pub fn code(&self) -> &str {
+        self.body["error"]["code"].as_str().unwrap_or_default()
+    }
+}
+
+/// The program under test: `TENANTRY_BIN`, else the debug build beside the test's own executable.
+pub fn binary() -> PathBuf {
+    if let Some(path) = std::env::var_os("TENANTRY_BIN") {
+        return path.into();
+    }
+    let own = std::env::current_exe().expect("the test knows its executable");
+    let path = own.parent().and_then(Path::parent).expect("tests lie in target/<profile>/deps").join("tenantry");
+    assert!(path.is_file(), "no program at {}; hint: cargo build --package node", path.display());
+    path
+}
+
+/// A fresh folder for one test, below the target folder of the build.
+pub fn scratch(name: &str) -> PathBuf {
+    let folder = std::env::temp_dir().join(format!("tenantry-{name}-{}", std::process::id()));
+    if folder.exists() {
+        std::fs::remove_dir_all(&folder).expect("an old scratch folder can go");
+    }
+    std::fs::create_dir_all(&folder).expect("a scratch folder can be made");
+    folder
+}
+
+/// An address on loopback that is free now.
+fn free_address() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has ports");
+    listener.local_addr().expect("a bound listener has an address")
+}
+
+// === impl NodeProcess ===
+
+impl NodeProcess {
+    /// Starts a node in `folder` and waits until it is ready.
+    pub fn start(folder: &Path, spec: &NodeSpec) -> Self {
+        let (http, admin) = (free_address(), free_address());
+        let config = format!(
+            "{}\n[[nodes]]\nname = \"a\"\nhttp = \"{http}\"\nadmin = \"{admin}\"\ndata = \"data\"\n\n[[bases]]\nname = \"{}\"\npath = \"{}\"\nnumerics = \"{}\"\n",
+            spec.tables,
+            spec.base,
+            spec.model.display(),
+            spec.numerics
+        );
+        std::fs::write(folder.join("cluster.toml"), config).expect("the scratch folder is writable");
+        let child = spawn(folder);
+        let agent = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .timeout_global(Some(Duration::from_secs(120)))
+            .build()
+            .into();
+        let mut node = Self { child, folder: folder.to_owned(), http, admin, agent };
+        node.wait_ready();
+        node
+    }
+
+    fn wait_ready(&mut self) {
+        for _ in 0..600 {
+            if let Some(status) = self.child.try_wait().expect("the child can be asked") {
+                panic!("the node ended with {status}:\n{}", self.log());
+            }
+            if self.agent.get(format!("http://{}/readyz", self.http)).call().is_ok_and(|answer| answer.status() == 200)
+            {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        panic!("the node is not ready after 30 s:\n{}", self.log());
+    }
+
+    /// The log so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.join("node.log")).unwrap_or_default()
+    }
+
+    /// The node's data folder.
+    pub fn data(&self) -> PathBuf {
+        self.folder.join("data")
+    }
+
+    /// Base URL of the client API.
+    pub fn url(&self) -> String {
+        format!("http://{}", self.http)
+    }
+
+    /// Address of the client port.
+    pub fn http(&self) -> SocketAddr {
+        self.http
+    }
+
+    /// Base URL of the admin API.
+    pub fn admin_url(&self) -> String {
+        format!("http://{}", self.admin)
+    }
+
+    /// The operator's key.
+    pub fn admin_key(&self) -> String {
+        std::fs::read_to_string(self.data().join("admin.key"))
+            .expect("a started node has an admin key")
+            .trim()
+            .to_owned()
+    }
+
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Resident memory in bytes.
+    pub fn resident_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("the process lives");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("Linux tells the resident size");
+        line.trim().trim_end_matches(" kB").trim().parse::<u64>().expect("a number of kB") << 10
+    }
+
+    /// kill -9, then a new process on the same data.
+    pub fn kill_and_restart(&mut self) {
+        self.child.kill().expect("the process can be killed");
+        self.child.wait().expect("a killed process ends");
+        self.child = spawn(&self.folder);
+        self.wait_ready();
+    }
+
+    /// Sends a signal by name, such as `TERM`.
+    pub fn signal(&self, name: &str) {
+        let status =
+            Command::new("kill").arg(format!("-{name}")).arg(self.pid().to_string()).status().expect("kill runs");
+        assert!(status.success(), "the process can be signalled");
+    }
+
+    /// SIGTERM; returns how the node ended.
+    pub fn stop(mut self) -> ExitStatus {
+        self.signal("TERM");
+        self.child.wait().expect("a terminated process ends")
+    }
+
+    /// Waits for the process to end by itself.
+    pub fn wait(&mut self) -> ExitStatus {
+        self.child.wait().expect("the process ends")
+    }
+
+    /// Runs `tenantry ctl` and returns everything.
+    pub fn ctl_output(&self, words: &[&str]) -> Output {
+        let mut command = Command::new(binary());
+        command.arg("ctl").arg("--config").arg(self.folder.join("cluster.toml")).args(words);
+        command.output().expect("tenantry ctl runs")
+    }
+
+    /// Runs `tenantry ctl`, which must succeed, and returns its JSON.
+    pub fn ctl(&self, words: &[&str]) -> Value {
+        let output = self.ctl_output(words);
+        assert!(output.status.success(), "ctl {words:?}: {}", String::from_utf8_lossy(&output.stderr));
+        let mut documents = serde_json::Deserializer::from_slice(&output.stdout).into_iter::<Value>();
+        documents.next().and_then(Result::ok).unwrap_or_default()
+    }
+
+    /// Creates a tenant and returns its key.
+    pub fn tenant(&self, id: &str, words: &[&str]) -> String {
+        let mut all = vec!["tenant", "create", id];
+        all.extend_from_slice(words);
+        self.ctl(&all)["key"]["key"].as_str().expect("a key").to_owned()
+    }
+
+    /// Uploads adapter files under `name` and points the name's task at them.
+    pub fn adapter(&self, name: &str, path: &Path) {
+        self.ctl(&["adapter", "upload", name, path.to_str().expect("UTF-8 path"), "--point"]);
+    }
+
+    /// GET on the client port.
+    pub fn get(&self, path: &str, key: &str) -> Answer {
+        let request = self.agent.get(format!("{}{path}", self.url())).header("authorization", format!("Bearer {key}"));
+        read(request.call().expect("the node answers"))
+    }
+
+    /// POST of JSON on the client port.
+    pub fn post(&self, path: &str, key: &str, body: &Value) -> Answer {
+        self.post_bytes(path, key, body.to_string().as_bytes())
+    }
+
+    /// POST of any bytes as JSON on the client port.
+    pub fn post_bytes(&self, path: &str, key: &str, body: &[u8]) -> Answer {
+        let request = self.agent.post(format!("{}{path}", self.url()));
+        let request =
+            request.header("authorization", format!("Bearer {key}")).header("content-type", "application/json");
+        read(request.send(body).expect("the node answers"))
+    }
+
+    /// Any request on the admin port with the operator's key; an empty body is none.
+    pub fn admin(&self, method: &str, path: &str, body: &str) -> Answer {
+        let request = ureq::http::Request::builder()
+            .method(method)
+            .uri(format!("{}{path}", self.admin_url()))
+            .header("authorization", format!("Bearer {}", self.admin_key()))
+            .header("content-type", "application/json")
+            .body(body.to_owned())
+            .expect("a well-formed request");
+        read(self.agent.run(request).expect("the node answers"))
+    }
+
+    /// A greedy completion; returns the ids of the answer.
+    pub fn complete(&self, key: &str, model: &str, prompt: &str, max_tokens: u32) -> Vec<u32> {
+        let body = json!({"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true, "return_token_ids": true});
+        let answer = self.post("/v1/completions", key, &body);
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        token_ids(&answer.body["choices"][0])
+    }
+
+    /// A streamed chat; returns its events' JSON up to `[DONE]`, calling `seen` after each.
+    pub fn stream(&self, path: &str, key: &str, body: &Value, mut seen: impl FnMut(&Value) -> bool) -> Vec<Value> {
+        let request = self.agent.post(format!("{}{path}", self.url())).header("authorization", format!("Bearer {key}"));
+        let response =
+            request.header("content-type", "application/json").send(body.to_string()).expect("the node answers");
+        assert_eq!(response.status(), 200, "a stream begins");
+        let mut events = Vec::new();
+        for line in BufReader::new(response.into_body().into_reader()).lines() {
+            let Ok(line) = line else { break };
+            let Some(data) = line.strip_prefix("data: ") else { continue };
+            if data == "[DONE]" {
+                break;
+            }
+            events.push(serde_json::from_str(data).expect("an event is JSON"));
+            if !seen(events.last().expect("just pushed")) {
+                break;
+            }
+        }
+        events
+    }
+
+    /// `tenantry ctl status`.
+    pub fn status(&self) -> Value {
+        self.ctl(&["status"])
+    }
+
+    /// The metrics page.
+    pub fn metrics(&self) -> String {
+        self.admin("GET", "/metrics", "").text
+    }
+
+    /// Every usage record written so far.
+    pub fn usage(&self) -> Vec<Value> {
+        let mut files: Vec<PathBuf> = std::fs::read_dir(self.data().join("usage"))
+            .expect("a started node has a journal")
+            .map(|entry| entry.expect("a readable entry").path())
+            .collect();
+        files.sort();
+        let text: String =
+            files.iter().map(|path| std::fs::read_to_string(path).expect("a readable segment")).collect();
+        text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    }
+}
+
+impl Drop for NodeProcess {
+    fn drop(&mut self) {
+        // Already ended is fine.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn spawn(folder: &Path) -> Child {
+    let log = std::fs::OpenOptions::new().create(true).append(true).open(folder.join("node.log")).expect("a log file");
+    Command::new(binary())
+        .args(["node", "--name", "a", "--config"])
+        .arg(folder.join("cluster.toml"))
+        .stdout(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .expect("the node starts")
+}
+
+fn read(response: ureq::http::Response<ureq::Body>) -> Answer {
+    let (parts, body) = response.into_parts();
+    let headers =
+        parts.headers.iter().map(|(name, value)| (name.to_string(), value.to_str().unwrap_or_default().to_owned()));
+    let mut text = String::new();
+    // A body that breaks off is an empty one here; tests of broken bodies use sockets.
+    let _ = body.into_reader().read_to_string(&mut text);
+    let body = serde_json::from_str(&text).unwrap_or_default();
+    Answer { status: parts.status.as_u16(), headers: headers.collect(), body, text }
+}
+
+/// `token_ids` of a choice.
+pub fn token_ids(choice: &Value) -> Vec<u32> {
+    let ids = choice["token_ids"].as_array().unwrap_or_else(|| panic!("no token_ids in {choice}"));
+    ids.iter().map(|id| id.as_u64().expect("an id") as u32).collect()
+}

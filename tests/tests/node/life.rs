@@ -1,0 +1,121 @@
+//! Starting, being killed, draining, and refusing to start.
+
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::json;
+use tests::process::{NodeProcess, NodeSpec, binary, scratch};
+use tests::tiny;
+
+#[test]
+fn tenants_keys_and_adapters_survive_kill_nine() {
+    let folder = scratch("survive");
+    let mut node = NodeProcess::start(&folder, &NodeSpec::tiny(&folder.join("model")));
+    let key = node.tenant("acme", &["--task", "support", "--cost-center", "emea"]);
+    let files = folder.join("adapter");
+    tiny::adapter::write_adapter(&tiny::adapter(7, 8, &model::info::Linear::ALL), &files);
+    node.adapter("acme-support-tiny-v1.0.0", &files);
+    let before = node.complete(&key, "support", "hello there", 12);
+    assert_ne!(before, node.complete(&key, "tiny", "hello there", 12), "the adapter changes the answer");
+    let epoch = node.status()["registry"]["epoch"].clone();
+
+    node.kill_and_restart();
+
+    assert_eq!(node.status()["registry"]["epoch"], epoch);
+    assert_eq!(node.complete(&key, "support", "hello there", 12), before, "same weights, same tokens");
+    let shown = node.ctl(&["tenant", "show", "acme"]);
+    assert_eq!(shown["cost_center"], "emea");
+    assert_eq!(shown["tasks"][0]["version"], "acme-support-tiny-v1.0.0");
+    let records = node.usage();
+    assert!(
+        records.iter().any(|record| record["tenant"] == "acme" && record["delivered"] == json!([12])),
+        "{records:?}"
+    );
+}
+
+#[test]
+fn sigterm_finishes_running_streams_and_exits_with_zero() {
+    let folder = scratch("drain");
+    let node = NodeProcess::start(&folder, &NodeSpec::tiny(&folder.join("model")));
+    let key = node.tenant("acme", &[]);
+    let body = json!({"model": "tiny", "prompt": "count", "max_tokens": 200, "ignore_eos": true, "stream": true, "return_token_ids": true});
+    let mut signalled = false;
+    let events = node.stream("/v1/completions", &key, &body, |_| {
+        if !signalled {
+            node.signal("TERM");
+            signalled = true;
+        }
+        true
+    });
+    let n_tokens: usize =
+        events.iter().filter_map(|event| event["choices"][0]["token_ids"].as_array()).map(Vec::len).sum();
+    assert_eq!(n_tokens, 200, "the stream ran to its end: {:?}", events.last());
+    let mut node = node;
+    assert!(node.wait().success(), "{}", node.log());
+}
+
+#[test]
+fn a_node_that_cannot_start_says_why_with_the_right_exit_code() {
+    let folder = scratch("refuse");
+    let config = folder.join("cluster.toml");
+    let run = |text: &str| {
+        std::fs::write(&config, text).expect("writable");
+        let output =
+            Command::new(binary()).args(["node", "--name", "a", "--config"]).arg(&config).output().expect("runs");
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let node = "[[nodes]]\nname = \"a\"\nhttp = \"127.0.0.1:0\"\nadmin = \"127.0.0.1:0\"\ndata = \"data\"\n";
+    let (code, text) = run(&format!("{node}[engine]\nthread = 1\n"));
+    assert_eq!(code, Some(78), "{text}");
+    assert!(text.contains(":7:") && text.contains("thread"), "{text}");
+    let (code, text) = run(&format!("{node}[[bases]]\nname = \"b\"\npath = \"nowhere.gguf\"\n"));
+    assert_eq!(code, Some(1), "{text}");
+    assert!(text.contains("nowhere.gguf") && text.contains("fetch-model"), "{text}");
+    let insecure = node.replacen("127.0.0.1:0", "0.0.0.0:8080", 1);
+    let (code, text) = run(&format!("{insecure}[[bases]]\nname = \"b\"\npath = \"x\"\n"));
+    assert_eq!(code, Some(78), "{text}");
+    assert!(text.contains("without TLS"), "{text}");
+}
+
+#[test]
+fn two_processes_cannot_share_a_data_folder() {
+    let folder = scratch("twice");
+    let spec = NodeSpec::tiny(&folder.join("model"));
+    let node = NodeProcess::start(&folder, &spec);
+    let config = std::fs::read_to_string(folder.join("cluster.toml")).expect("written");
+    let other = folder.join("other.toml");
+    let free = |text: &str, address: String| text.replace(&address, "127.0.0.1:0");
+    let config =
+        free(&free(&config, node.http().to_string()), node.admin_url().trim_start_matches("http://").to_owned());
+    std::fs::write(&other, config).expect("writable");
+    let output = Command::new(binary()).args(["node", "--name", "a", "--config"]).arg(&other).output().expect("runs");
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(text.contains("registry"), "{text}");
+}
+
+#[test]
+fn a_request_past_its_deadline_in_the_queue_gets_504_and_is_never_run() {
+    let folder = scratch("deadline");
+    let node = NodeProcess::start(
+        &folder,
+        &NodeSpec::tiny(&folder.join("model"))
+            .with("[engine]\nsequences = 1\nrows_per_step = 16\nprefill_chunk = 16\nthreads = 1"),
+    );
+    let key = node.tenant("slow", &[]);
+    let long = json!({"model": "tiny", "prompt": "x", "max_tokens": 400, "ignore_eos": true, "temperature": 0});
+    std::thread::scope(|scope| {
+        scope.spawn(|| node.post("/v1/completions", &key, &long));
+        std::thread::sleep(Duration::from_millis(30));
+        let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
+        let request =
+            agent.post(format!("{}/v1/completions", node.url())).header("authorization", format!("Bearer {key}"));
+        let request = request.header("content-type", "application/json").header("x-tenantry-timeout-ms", "1");
+        let answer = request.send(long.to_string()).expect("the node answers");
+        assert!([200, 504].contains(&answer.status().as_u16()), "{answer:?}");
+        assert_eq!(answer.status(), 504, "the first request holds the only place");
+    });
+    let timed_out: Vec<_> = node.usage().into_iter().filter(|record| record["outcome"] == "failed").collect();
+    assert_eq!(timed_out.len(), 1);
+    assert_eq!(timed_out[0]["delivered"], json!([0]));
+}
