@@ -2,7 +2,7 @@
 //!
 //! [`check`] reads the header before anything else sees the file; candle's own header parser never runs.
 //! Quantised blocks go to `kernels` as they are; storage types without a kernel go through candle's
-//! dequantisation to f32. [`write`] makes small files for tests.
+//! dequantisation to f32. [`mod@write`] makes small files for tests.
 
 pub mod value;
 pub mod check;
