@@ -3,7 +3,7 @@
 //! Stricter than the format: no repeated keys, no empty tensors, no gaps, at most two dimensions, float types
 //! only. Reads the header in place; what it allocates is bounded by the header's real bytes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde::de::{self, Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
@@ -263,8 +263,26 @@ struct Metadata;
 
 impl<'de> Deserialize<'de> for Metadata {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let super::json::StrictValue(value) = super::json::StrictValue::deserialize(deserializer)?;
-        let is_strings = value.as_object().is_some_and(|map| map.values().all(serde_json::Value::is_string));
-        if is_strings { Ok(Self) } else { Err(de::Error::custom("__metadata__ is not an object of strings")) }
+        deserializer.deserialize_map(MetadataVisitor)
+    }
+}
+
+struct MetadataVisitor;
+
+impl<'de> Visitor<'de> for MetadataVisitor {
+    type Value = Metadata;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("__metadata__ as an object of strings")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Metadata, A::Error> {
+        let mut keys = BTreeSet::new();
+        while let Some((key, _)) = map.next_entry::<String, String>()? {
+            if let Some(repeated) = keys.replace(key) {
+                return Err(de::Error::custom(format_args!("key {} stands twice", quote(&repeated))));
+            }
+        }
+        Ok(Metadata)
     }
 }

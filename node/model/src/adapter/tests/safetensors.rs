@@ -86,7 +86,7 @@ fn repeated_keys_are_refused_at_every_level() {
 #[test]
 fn metadata_must_be_strings_and_entries_have_no_other_fields() {
     let metadata = format!(r#"{{"__metadata__":{{"a":1}},"x":{{{ENTRY}}}}}"#);
-    assert_refused(&raw_file(&metadata, &[0; 8]), "invalid_lora_adapter", "__metadata__");
+    assert_refused(&raw_file(&metadata, &[0; 8]), "invalid_lora_adapter", "expected a string");
     let extra = format!(r#"{{"x":{{{ENTRY},"extra":0}}}}"#);
     assert_refused(&raw_file(&extra, &[0; 8]), "invalid_lora_adapter", "extra");
 }
