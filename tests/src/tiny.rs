@@ -185,3 +185,18 @@ impl TinySpec {
         format!("tiny-{family}-{}", self.seed)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn models_and_adapters_depend_on_their_seed_alone() {
+        let spec = TinySpec::llama();
+        let values = |spec: &TinySpec| spec.tensors().named("model.norm.weight").values.clone();
+        assert_eq!(values(&spec), values(&spec.clone()));
+        assert_ne!(values(&spec), values(&TinySpec { seed: 77, ..spec }));
+        assert_eq!(adapter(1, 4, &Linear::ALL), adapter(1, 4, &Linear::ALL));
+        assert_ne!(adapter(1, 4, &Linear::ALL), adapter(2, 4, &Linear::ALL));
+    }
+}

@@ -24,11 +24,14 @@ pub fn write_adapter(files: &AdapterFiles, dir: &Path) {
     }
 }
 
-/// Reads the files of a PEFT adapter from `dir`.
-pub fn read_adapter(dir: &Path) -> AdapterFiles {
-    let read =
-        |name: &str| fs::read(dir.join(name)).unwrap_or_else(|error| panic!("{}/{name}: {error}", dir.display()));
-    AdapterFiles::Peft { config: read("adapter_config.json"), weights: read("adapter_model.safetensors") }
+/// Reads an adapter of the test data: the PEFT folder `path`, or else the file `path` + `.f16.gguf`.
+pub fn read_adapter(path: &Path) -> AdapterFiles {
+    let read = |path: &Path| fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    if path.is_dir() {
+        let (config, weights) = (path.join("adapter_config.json"), path.join("adapter_model.safetensors"));
+        return AdapterFiles::Peft { config: read(&config), weights: read(&weights) };
+    }
+    AdapterFiles::Gguf(read(&path.with_added_extension("f16.gguf")))
 }
 
 /// What kind of adapter to make.

@@ -21,7 +21,8 @@ const EXACT_LOGPROB_DIFF_MAX: f64 = 0.005;
 /// Most that 8-bit activations may cost: 1.25 × what llama.cpp's Q4_1 path shows on the same cases.
 const FAST_LOGPROB_DIFF_MAX: [(&str, f64); 2] = [("base", 1.25 * 0.46), ("harbor-logistics", 1.25 * 0.78)];
 
-/// Goldens, and the adapter folder of the same name except for `base`.
+/// Goldens, and the adapters of the same name except for `base`. The committed copies of the adapters that were
+/// stored in f32 are rounded to f16, to keep the repository small; the goldens are of the originals.
 const NAMES: [&str; 7] =
     ["base", "brightcart", "cedar-clinic", "northbank", "pixelforge-games", "harbor-logistics", "metrix-dora"];
 

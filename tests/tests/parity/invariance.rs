@@ -170,6 +170,31 @@ fn any_mix_of_the_real_model_gives_identical_bits() {
 }
 
 #[test]
+fn keys_of_a_freed_page_show_as_nan() {
+    // What tests with poisoned pages rest on: whoever still reads a freed page cannot miss it.
+    let bench = tiny_bench("poison", &TinySpec::llama(), None);
+    let mut lab = Lab::new(&bench.base, 1, 32, 64, 0);
+    let mut sequence = lab.sequence(&[1; 20], 0, None);
+    let first = lab.step(&mut [(&mut sequence, 18)], false);
+    assert!(first[0].iter().all(|logit| logit.is_finite()));
+    lab.poison(&sequence);
+    let after = lab.step(&mut [(&mut sequence, 2)], false);
+    assert!(after[0].iter().all(|logit| logit.is_nan()));
+}
+
+#[test]
+fn more_logits_than_the_runtime_keeps_are_the_same_logits() {
+    let bench = tiny_bench("many-logits", &TinySpec::llama(), None);
+    let tokens: Vec<u32> = (3..83).collect();
+    let mut lab = Lab::new(&bench.base, 2, 96, 96, 0);
+    let mut sequence = lab.sequence(&tokens, 0, None);
+    assert!(tokens.len() > lab::N_LOGITS_MAX);
+    let rows = lab.step(&mut [(&mut sequence, tokens.len())], true);
+    let digests: Vec<_> = rows.iter().map(|logits| digest(logits)).collect();
+    assert_eq!(digests, alone(&bench, &tokens, 0));
+}
+
+#[test]
 fn adapters_of_a_tiny_model_change_most_answers() {
     // The generator's promise on which isolation tests rest: a wrong adapter shows.
     let bench = tiny_bench("strong-adapters", &TinySpec::llama(), None);

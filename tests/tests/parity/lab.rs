@@ -3,14 +3,18 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use kernels::kv::PAGE_TOKENS;
 use model::adapter::{self, AdapterFiles, AdapterLimits, LoraAdapter};
 use model::base::BaseModel;
-use model::forward::{Runtime, RuntimeOptions};
+use model::forward::{Runtime, RuntimeOptions, kv_layout};
 use model::info::Numerics;
 use model::step::{Forward, Run, Step};
 use tests::tiny::Random;
 
-/// An empty folder of its own for one test.
+/// Logits rows a runtime of these tests keeps.
+pub(crate) const N_LOGITS_MAX: usize = 64;
+
+/// A folder of its own for one test.
 pub(crate) fn folder(test: &str) -> PathBuf {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("parity").join(test);
     std::fs::create_dir_all(&dir).expect("create a folder for the test");
@@ -51,12 +55,16 @@ pub(crate) struct Lab {
 impl Lab {
     /// Pages are handed out in an order shuffled by `seed`, so that neighbours in a sequence are not neighbours in memory.
     pub(crate) fn new(base: &Arc<BaseModel>, threads: usize, rows_max: usize, positions: usize, seed: u64) -> Self {
-        let options =
-            |kv_bytes| RuntimeOptions { threads, rows_max, kv_bytes, n_logits_max: 64, poison_freed_pages: true };
-        let info = &base.info;
-        let scalar_bytes = if info.numerics == Numerics::Exact { 4 } else { 2 };
-        let position_bytes = 2 * info.n_layers * info.n_kv_heads * info.head_dim * scalar_bytes;
-        let runtime = Runtime::new(base.clone(), options(positions * position_bytes)).expect("a runtime");
+        let options = |kv_bytes| RuntimeOptions {
+            threads,
+            rows_max,
+            kv_bytes,
+            n_logits_max: N_LOGITS_MAX,
+            poison_freed_pages: true,
+        };
+        let page_bytes = kv_layout(&base.info).bytes_per_page();
+        let kv_bytes = positions.div_ceil(PAGE_TOKENS) * page_bytes;
+        let runtime = Runtime::new(base.clone(), options(kv_bytes)).expect("a runtime");
         let mut free: Vec<u32> = (0..runtime.n_pages() as u32).collect();
         let mut random = Random::new(seed);
         for place in (1..free.len()).rev() {
@@ -73,9 +81,14 @@ impl Lab {
         Sequence { tokens: tokens.to_vec(), adapter: adapter.cloned(), done: 0, pages }
     }
 
+    /// Tells the runtime that the pages of a sequence were freed.
+    pub(crate) fn poison(&mut self, sequence: &Sequence) {
+        sequence.pages.iter().for_each(|&page| self.runtime.page_freed(page));
+    }
+
     /// Ends a sequence: its pages are freed.
     pub(crate) fn end(&mut self, sequence: Sequence) {
-        sequence.pages.iter().for_each(|&page| self.runtime.page_freed(page));
+        self.poison(&sequence);
         self.free.extend(sequence.pages);
     }
 
