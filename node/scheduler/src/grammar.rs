@@ -362,3 +362,6 @@ fn refused(message: &str) -> GrammarError {
 fn first_line(message: &str) -> String {
     message.lines().next().unwrap_or_default().chars().take(MESSAGE_CHARS_MAX).collect()
 }
+
+#[cfg(test)]
+mod tests;

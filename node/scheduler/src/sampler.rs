@@ -24,6 +24,8 @@ pub use philox::philox4x32_10;
 const TEMPERATURE_MIN: f32 = 1e-5;
 /// Tokens whose scaled logit is this far below the best are never drawn: 150,000 of them weigh below 2e-9.
 const SPREAD_MAX: f32 = 32.0;
+/// Candidates this far below the best are only looked at when the nearer ones do not decide a draw.
+const SPREAD_LIKELY: f32 = 6.0;
 /// Candidates sorted at first; most draws end among them.
 const SORTED_FIRST: usize = 64;
 
@@ -142,42 +144,40 @@ impl Sampler {
         let scale = 1.0 / sampling.temperature;
         let spread = if sampling.min_p > 0.0 { (-sampling.min_p.ln()).clamp(0.0, SPREAD_MAX) } else { SPREAD_MAX };
         let lowest = top - spread * sampling.temperature;
-        self.candidates.clear();
-        let enough = logits.iter().zip(0..).filter(|&(&logit, _)| logit >= lowest);
-        self.candidates.extend(enough.map(|(&logit, id)| Candidate { logit, id }));
-        let mut sorted = Sorted { candidates: &mut self.candidates, n_sorted: 0 };
-        if sampling.top_k > 0 {
-            sorted.keep(sampling.top_k as usize);
-        }
+        let likely = top - SPREAD_LIKELY * sampling.temperature;
+        let mut sorted = Sorted::new(&mut self.candidates, logits, lowest, likely);
         let weight = |candidate: Candidate| f64::from(exp((candidate.logit - top) * scale));
-        let mut total: f64 = sorted.candidates.iter().map(|&candidate| weight(candidate)).sum();
+        let mut total = if sampling.top_k > 0 {
+            sorted.keep(sampling.top_k as usize);
+            sorted.candidates.iter().map(|&candidate| weight(candidate)).sum()
+        } else {
+            sum_exp(logits, top, scale, lowest)
+        };
         if sampling.top_p < 1.0 {
             let wanted = total * f64::from(sampling.top_p);
             let (mut sum, mut kept) = (0.0, 0);
-            while kept < sorted.candidates.len() && (kept == 0 || sum < wanted) {
-                sum += weight(sorted.at(kept));
+            while let Some(candidate) = sorted.at(kept).filter(|_| kept == 0 || sum < wanted) {
+                sum += weight(candidate);
                 kept += 1;
             }
-            sorted.candidates.truncate(kept);
+            sorted.keep(kept);
             total = sum;
         }
         let target = total * uniform(sampling.seed, draw.choice, draw.position);
-        let mut sum = 0.0;
-        for at in 0..sorted.candidates.len() {
-            let candidate = sorted.at(at);
+        let (mut sum, mut at, mut chosen) = (0.0, 0, 0);
+        // Rounding may leave the whole sum a hair below the target: then the last candidate it is.
+        while let Some(candidate) = sorted.at(at).filter(|_| at == 0 || sum <= target) {
             sum += weight(candidate);
-            if sum > target {
-                return candidate.id;
-            }
+            chosen = candidate.id;
+            at += 1;
         }
-        // Rounding may leave the sum a hair below the target: the last candidate it is.
-        sorted.at(sorted.candidates.len() - 1).id
+        chosen
     }
 
     /// Log-probabilities at a position under the model's own distribution: of `chosen`, and the `n_top` best.
     pub fn logprobs(&mut self, logits: &[f32], chosen: u32, n_top: u32) -> PositionLogprobs {
         let top = best(logits).map_or(0.0, |candidate| candidate.logit);
-        let log_total = f64::from(top) + sum_exp(logits, top).ln();
+        let log_total = f64::from(top) + sum_exp(logits, top, 1.0, f32::NEG_INFINITY).ln();
         let logprob = |logit: f32| (f64::from(logit) - log_total) as f32;
         let chosen = TokenLogprob { id: chosen, logprob: logprob(logits[chosen as usize]) };
         let n_top = (n_top as usize).min(logits.len());
@@ -198,15 +198,40 @@ impl Sampler {
     }
 }
 
-/// Candidates that are put in order only as far as someone looks.
+/// Candidates that are collected and put in order only as far as someone looks.
 struct Sorted<'a> {
     candidates: &'a mut Vec<Candidate>,
     n_sorted: usize,
+    /// Where the less likely candidates are: logits from `lowest` to below `likely`.
+    rest: Option<(&'a [f32], f32, f32)>,
 }
 
-impl Sorted<'_> {
+impl<'a> Sorted<'a> {
+    fn new(candidates: &'a mut Vec<Candidate>, logits: &'a [f32], lowest: f32, likely: f32) -> Self {
+        candidates.clear();
+        let mut sorted = Self { candidates, n_sorted: 0, rest: Some((logits, lowest, likely)) };
+        sorted.collect(logits, lowest.max(likely), f32::INFINITY);
+        sorted
+    }
+
+    /// Appends the logits in `[from, below)`.
+    fn collect(&mut self, logits: &[f32], from: f32, below: f32) {
+        let found = logits.iter().zip(0..).filter(|&(&logit, _)| logit >= from && logit < below);
+        self.candidates.extend(found.map(|(&logit, id)| Candidate { logit, id }));
+    }
+
+    fn collect_rest(&mut self) {
+        if let Some((logits, lowest, likely)) = self.rest.take() {
+            self.collect(logits, lowest, likely);
+        }
+    }
+
     /// Drops all but the `n` best and sorts them.
     fn keep(&mut self, n: usize) {
+        if self.candidates.len() < n {
+            self.collect_rest();
+        }
+        self.rest = None;
         if n < self.candidates.len() {
             self.candidates.select_nth_unstable_by(n - 1, Candidate::order);
             self.candidates.truncate(n);
@@ -215,8 +240,11 @@ impl Sorted<'_> {
         self.n_sorted = self.candidates.len();
     }
 
-    /// The candidate of rank `at`.
-    fn at(&mut self, at: usize) -> Candidate {
+    /// The candidate of rank `at`, if there are so many.
+    fn at(&mut self, at: usize) -> Option<Candidate> {
+        if at >= self.candidates.len() {
+            self.collect_rest();
+        }
         if at >= self.n_sorted {
             let rest = &mut self.candidates[self.n_sorted..];
             let more = self.n_sorted.max(SORTED_FIRST).min(rest.len());
@@ -226,7 +254,7 @@ impl Sorted<'_> {
             rest[..more].sort_unstable_by(Candidate::order);
             self.n_sorted += more;
         }
-        self.candidates[at]
+        self.candidates.get(at).copied()
     }
 }
 
@@ -292,33 +320,42 @@ fn best(logits: &[f32]) -> Option<Candidate> {
     Some(Candidate { logit: top, id: (start + offset) as u32 })
 }
 
-/// Σ exp(logit − top), in eight fixed lanes.
-fn sum_exp(logits: &[f32], top: f32) -> f64 {
+/// Σ exp((logit − top)·scale) over the logits from `lowest` up, in eight fixed lanes.
+fn sum_exp(logits: &[f32], top: f32, scale: f32, lowest: f32) -> f64 {
+    // A plain loop over a block is what the compiler turns into vector instructions.
+    const BLOCK: usize = 64;
+    let mut terms = [0.0_f32; BLOCK];
     let mut lanes = [0.0_f64; 8];
-    let (whole, rest) = logits.as_chunks::<8>();
-    for chunk in whole {
-        for (lane, &logit) in lanes.iter_mut().zip(chunk) {
-            *lane += f64::from(exp(logit - top));
+    for block in logits.chunks(BLOCK) {
+        terms[block.len()..].fill(0.0);
+        for (term, &logit) in terms.iter_mut().zip(block) {
+            let value = exp((logit - top) * scale);
+            *term = if logit >= lowest { value } else { 0.0 };
+        }
+        for chunk in terms.as_chunks::<8>().0 {
+            lanes.iter_mut().zip(chunk).for_each(|(lane, &term)| *lane += f64::from(term));
         }
     }
-    let rest: f64 = rest.iter().map(|&logit| f64::from(exp(logit - top))).sum();
-    lanes.iter().sum::<f64>() + rest
+    lanes.iter().sum()
 }
 
 /// eˣ for x ≤ 0 with a relative error below 2e-7; 0 below −87 and for NaN. Method and coefficients: Cephes `expf`.
 #[inline]
 fn exp(x: f32) -> f32 {
-    // Adding and subtracting 1.5·2²³ rounds to the nearest integer.
+    // Adding 1.5·2²³ rounds to the nearest integer and leaves it in the low bits: no conversion, so that the
+    // compiler can use vector instructions.
     const ROUND: f32 = 12_582_912.0;
     let clamped = if x > -87.0 { x } else { -87.0 };
-    let n = clamped * std::f32::consts::LOG2_E + ROUND - ROUND;
+    let rounded = clamped * std::f32::consts::LOG2_E + ROUND;
+    let n = rounded - ROUND;
     let r = clamped - n * 0.693_359_4 + n * 2.121_944_4e-4;
     let mut p = 1.987_569_1e-4;
-    for coefficient in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1] {
+    for coefficient in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
         p = p * r + coefficient;
     }
-    let scale = f32::from_bits(((n as i32 + 127) as u32) << 23);
-    if x > -87.0 { (p * r * r + r + 1.0) * scale } else { 0.0 }
+    let exponent = rounded.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127);
+    let value = (p * r * r + r + 1.0) * f32::from_bits(exponent << 23);
+    if x > -87.0 { value } else { 0.0 }
 }
 
 /// A number in [0, 1) that depends on nothing but its arguments.

@@ -98,8 +98,8 @@ impl Ledger {
 
     /// Starts a step in which these classes have rows to run.
     pub(crate) fn open(&mut self, runnable: [bool; 3], cost: CostModel) -> StepBudget {
-        for class in 0..3 {
-            let counts = runnable[class] && self.reserve.share(class) > 0.0;
+        for (class, runnable) in runnable.into_iter().enumerate() {
+            let counts = runnable && self.reserve.share(class) > 0.0;
             self.accounts[class] = counts.then(|| self.accounts[class].unwrap_or(0.0));
         }
         StepBudget { reserve: self.reserve, accounts: self.accounts, cost, rows: [0; 3] }
@@ -109,13 +109,12 @@ impl Ledger {
     pub(crate) fn close(&mut self, rows: [usize; 3], took: Duration, cost: &CostModel) {
         let (fixed, row) = cost.secs();
         let n_rows: usize = rows.iter().sum();
-        for class in 0..3 {
+        for (class, own_rows) in rows.into_iter().enumerate() {
             let share = self.reserve.share(class);
             let Some(account) = &mut self.accounts[class] else {
                 continue;
             };
-            let own =
-                if rows[class] == 0 { 0.0 } else { (fixed + row * rows[class] as f64) / (fixed + row * n_rows as f64) };
+            let own = if own_rows == 0 { 0.0 } else { (fixed + row * own_rows as f64) / (fixed + row * n_rows as f64) };
             let took = took.as_secs_f64();
             *account += took * own * (1.0 - share) / share - took * (1.0 - own);
             // At least a row must be affordable, or the others never run.

@@ -95,7 +95,7 @@ impl Running {
             return;
         };
         // Readers pause every third iteration, so that small channels fill up.
-        if self.age % 3 != 0 {
+        if !self.age.is_multiple_of(3) {
             receiver.take(self.arrival.reads * 2);
         }
         match self.arrival.cancel {
@@ -171,7 +171,7 @@ fn play(shape: Shape, arrivals: Vec<Arrival>) -> super::EngineSnapshot {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 600, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
 
     #[test]
     fn every_answer_equals_the_one_the_request_would_get_alone(shape in shapes(), arrivals in arrivals()) {
