@@ -193,7 +193,7 @@ pub(crate) mod exp_constants {
     pub(crate) const LOW: f32 = -110.0;
     pub(crate) const HIGH: f32 = 100.0;
     /// ln 2 in two parts: nine bits, so that a multiple is exact, and the rest.
-    pub(crate) const LN2_HIGH: f32 = 0.693_359_375;
+    pub(crate) const LN2_HIGH: f32 = 355.0 / 512.0;
     pub(crate) const LN2_LOW: f32 = -2.121_944_4e-4;
     /// Of r^2 upwards, highest first.
     pub(crate) const POLYNOMIAL: [f32; 6] =

@@ -1,6 +1,8 @@
 //! AVX-512 backend of attention. Scoring: lanes are the 16 positions of a page, up to 4 queries by 2 pages a tile.
 //! Mixing: lanes are dimensions, up to 4 queries by 64 dimensions a tile.
 
+#![expect(clippy::needless_range_loop, reason = "tiles: one index names the same row or panel in several arrays")]
+
 use std::arch::x86_64::*;
 
 use super::Unit;
@@ -180,13 +182,15 @@ unsafe fn mix<const K: u8, const T: usize, const D: usize>(
     let stride = unit.stride;
     let last = n - (D - 1) * 16;
     let mut acc = [[_mm512_setzero_ps(); D]; T];
-    // SAFETY (of the loads below): position and dimensions lie inside the value block; the last vector is masked.
-    let row = |values: *const u8, slot: usize| unsafe {
+    let row = |values: *const u8, slot: usize| {
         let mut v = [_mm512_setzero_ps(); D];
-        for i in 0..D - 1 {
-            v[i] = load16::<K>(values, slot * head_dim + d + i * 16);
+        // SAFETY: slot and dimensions lie inside the value block; the last vector is masked to what is left.
+        unsafe {
+            for i in 0..D - 1 {
+                v[i] = load16::<K>(values, slot * head_dim + d + i * 16);
+            }
+            v[D - 1] = load_first::<K>(values, slot * head_dim + d + (D - 1) * 16, last);
         }
-        v[D - 1] = load_first::<K>(values, slot * head_dim + d + (D - 1) * 16, last);
         v
     };
     let values = |position: usize| {

@@ -77,7 +77,6 @@ impl LoraPair {
     ///
     /// # Errors
     /// When the rank is out of range or a length does not fit.
-    #[expect(clippy::too_many_arguments, reason = "plain slices and facts, as everywhere in this crate")]
     pub fn new(
         rank: usize,
         n_in: usize,

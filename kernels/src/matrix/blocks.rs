@@ -161,9 +161,9 @@ impl Block {
     /// `scales[16]` (4 bit scale, 4 bit minimum), `qs[64]` (2 bit), d, dmin.
     fn read_q2k(&mut self, bytes: &[u8]) {
         let (d, dmin) = (half_at(bytes, 80), half_at(bytes, 82));
-        for group in 0..16 {
-            self.scales[group] = d * f32::from(bytes[group] & 15);
-            self.mins[group] = -(dmin * f32::from(bytes[group] >> 4));
+        for (group, &packed) in bytes[..16].iter().enumerate() {
+            self.scales[group] = d * f32::from(packed & 15);
+            self.mins[group] = -(dmin * f32::from(packed >> 4));
         }
         for i in 0..256 {
             // Each 32 bytes hold 128 weights: four planes of 2 bits.

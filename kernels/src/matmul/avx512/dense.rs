@@ -2,6 +2,8 @@
 //! then multiplied with all rows of the unit. Between stretches the accumulators rest in memory, so each output
 //! stays one chain over the inputs.
 
+#![expect(clippy::needless_range_loop, reason = "tiles: one index names the same row or panel in several arrays")]
+
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 

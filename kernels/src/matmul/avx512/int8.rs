@@ -1,6 +1,8 @@
 //! Rounded activations times codes with `vpdpbusd`: 16 output columns a vector, up to 4 rows by 2 panels a tile.
 //! Every instruction of the reference's chain per output, in its order; only independent outputs are interleaved.
 
+#![expect(clippy::needless_range_loop, reason = "tiles: one index names the same row or panel in several arrays")]
+
 use std::arch::x86_64::*;
 
 use super::super::Int8Unit;
