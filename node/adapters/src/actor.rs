@@ -22,6 +22,9 @@ use crate::loader::{LoadError, Loader};
 use crate::metrics;
 use crate::store::Store;
 
+#[cfg(test)]
+mod tests;
+
 /// Time between samples of metrics, and how late a want may end.
 pub const TICK: Duration = Duration::from_secs(1);
 

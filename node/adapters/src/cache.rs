@@ -173,6 +173,8 @@ struct Entry {
     wanted_until: Option<Instant>,
     /// Place among those that asked and had no lease since.
     want_seq: Option<u64>,
+    /// When it was asked for last.
+    asked_at: u64,
     /// Packed size, once known.
     packed_bytes: Option<usize>,
     /// What the index was told last.
@@ -211,6 +213,7 @@ impl Entry {
             failure: None,
             wanted_until: None,
             want_seq: None,
+            asked_at: 0,
             packed_bytes: None,
             shown: Warmth::Absent,
         }
@@ -241,6 +244,9 @@ pub struct CacheCore {
     places: HashMap<ContentHash, usize>,
     /// The queue holds back who is resident: their slots may go to who is ahead.
     drain: bool,
+    /// When the order was told last, and when anything was asked for last.
+    preferred_at: u64,
+    asked_at: u64,
     engine_bytes: usize,
     host_bytes: usize,
     n_jobs: usize,
@@ -282,6 +288,8 @@ impl CacheCore {
             order: Vec::new(),
             places: HashMap::new(),
             drain: false,
+            preferred_at: 0,
+            asked_at: 0,
             engine_bytes: 0,
             host_bytes: 0,
             n_jobs: 0,
@@ -316,6 +324,8 @@ impl CacheCore {
                 self.want_ends.remove(&(earlier, hash));
             }
             self.want_ends.insert((until, hash));
+            entry.asked_at = tick;
+            self.asked_at = tick;
         }
         match &mut entry.failure {
             Some(failure) if now < failure.retry_at => return,
@@ -352,7 +362,13 @@ impl CacheCore {
     /// Takes over the queue's fair order of waiting adapters. With `drain`, slots of adapters that wait further
     /// back may be given to those ahead as soon as no lease holds them.
     pub fn prefer(&mut self, now: Instant, order: &[ContentHash], drain: bool) {
+        let asked_since = self.asked_at > self.preferred_at;
+        self.preferred_at = self.next_tick();
         if self.order == order && self.drain == drain {
+            // What was asked for before is now protected by its place in the order, or not at all.
+            if asked_since {
+                self.plan(now);
+            }
             return;
         }
         self.order.clear();
@@ -381,6 +397,7 @@ impl CacheCore {
         occupant.leases += 1;
         occupant.uses = occupant.uses.saturating_add(1);
         occupant.prewarmed = false;
+        entry.asked_at = 0;
         let promote = occupant.uses >= 2 && !occupant.protected;
         if let Some(seq) = entry.want_seq.take() {
             self.wants.remove(&seq);

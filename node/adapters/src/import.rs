@@ -151,3 +151,82 @@ fn read_plain(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, ImportErro
     file.take(found_bytes).read_to_end(&mut bytes).map_err(io)?;
     Ok(Some(bytes))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+    use std::process::Command;
+
+    use super::*;
+
+    struct Tree(PathBuf);
+
+    impl Tree {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("tenantry-import-{name}-{}", std::process::id()));
+            let _ = fs::remove_dir_all(&path);
+            fs::create_dir_all(path.join("tree")).expect("the temporary directory is writable");
+            Self(path)
+        }
+
+        fn root(&self) -> PathBuf {
+            self.0.join("tree")
+        }
+
+        fn dir(&self, tenant: &str) -> PathBuf {
+            let dir = self.root().join(tenant);
+            fs::create_dir_all(&dir).expect("made");
+            dir
+        }
+
+        fn read(&self, tenant: &str) -> Result<AdapterFiles, ImportError> {
+            ImportEntry { tenant: tenant.parse().expect("tenant"), dir: self.root().join(tenant) }.read(1000)
+        }
+    }
+
+    impl Drop for Tree {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn tenants_directories_are_found_and_both_formats_read() {
+        let tree = Tree::new("both");
+        fs::write(tree.dir("acme").join(GGUF_NAME), b"GGUF").expect("written");
+        fs::write(tree.dir("baker").join(PEFT_CONFIG_NAME), b"{}").expect("written");
+        fs::write(tree.dir("baker").join(PEFT_WEIGHTS_NAME), b"weights").expect("written");
+        tree.dir("cedar");
+        tree.dir("..hidden");
+        fs::write(tree.root().join("README"), b"text").expect("written");
+        let (found, refused) = entries(&tree.root()).expect("listed");
+        let names: Vec<&str> = found.iter().map(|entry| entry.tenant.as_str()).collect();
+        assert_eq!(names, ["acme", "baker", "cedar"]);
+        assert!(matches!(refused[..], [ImportError::NotATenant { .. }, ImportError::NotPlain { .. }]), "{refused:?}");
+        assert_eq!(found[0].read(1000).expect("read"), AdapterFiles::Gguf(b"GGUF".to_vec()));
+        let peft = AdapterFiles::Peft { config: b"{}".to_vec(), weights: b"weights".to_vec() };
+        assert_eq!(found[1].read(1000).expect("read"), peft);
+        assert!(matches!(found[2].read(1000), Err(ImportError::NoAdapter { .. })));
+        assert!(matches!(found[1].read(8), Err(ImportError::TooLarge { found_bytes: 7, max_bytes: 6, .. })));
+    }
+
+    #[test]
+    fn nothing_outside_the_tree_is_read_through_links_pipes_or_second_names() {
+        let tree = Tree::new("links");
+        let secret = tree.0.join("secret");
+        fs::write(&secret, b"secret").expect("written");
+        symlink(&secret, tree.dir("linked").join(GGUF_NAME)).expect("linked");
+        fs::hard_link(&secret, tree.dir("hard").join(GGUF_NAME)).expect("linked");
+        fs::create_dir(tree.dir("folder").join(GGUF_NAME)).expect("made");
+        assert!(Command::new("mkfifo").arg(tree.dir("pipe").join(GGUF_NAME)).status().expect("runs").success());
+        symlink("/dev/zero", tree.dir("device").join(GGUF_NAME)).expect("linked");
+        for tenant in ["linked", "hard", "folder", "pipe", "device"] {
+            assert!(matches!(tree.read(tenant), Err(ImportError::NotPlain { .. })), "{tenant}");
+        }
+        let elsewhere = tree.0.join("elsewhere");
+        fs::create_dir(&elsewhere).expect("made");
+        fs::write(elsewhere.join(GGUF_NAME), b"secret").expect("written");
+        symlink(&elsewhere, tree.root().join("whole-dir")).expect("linked");
+        assert!(matches!(tree.read("whole-dir"), Err(ImportError::NotPlain { .. })));
+    }
+}

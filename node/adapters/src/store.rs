@@ -21,6 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use model::adapter::AdapterFiles;
+use parking_lot::Mutex;
 use shared::error::{ErrorKind, RequestError};
 use shared::hash::ContentHash;
 use shared::id::TenantId;
@@ -108,6 +109,8 @@ struct Inner {
     used_bytes: AtomicU64,
     n_objects: AtomicU64,
     next_tmp: AtomicU64,
+    /// Held while a name appears, changes or goes, so that the counts follow what is there.
+    names: Mutex<()>,
 }
 
 // === impl Store ===
@@ -136,6 +139,7 @@ impl Store {
             used_bytes: AtomicU64::new(used_bytes),
             n_objects: AtomicU64::new(n_objects),
             next_tmp: AtomicU64::new(0),
+            names: Mutex::new(()),
         })))
     }
 
@@ -174,7 +178,7 @@ impl Store {
             Err(source) => return Err(StoreError::Io { action: "open", path, source }),
         };
         let damaged = |what| {
-            self.quarantine(&id);
+            self.quarantine(&id, &stored);
             StoreError::Damaged { hash: *hash, what }
         };
         if stored.len() < SEAL_OVERHEAD_BYTES + CHECKSUM_BYTES {
@@ -203,6 +207,7 @@ impl Store {
     /// [`StoreError::Io`].
     pub fn delete(&self, tenant: &TenantId, hash: &ContentHash) -> Result<bool, StoreError> {
         let path = self.object_path(&object_id(tenant, hash));
+        let _names = self.0.names.lock();
         let bytes = match fs::symlink_metadata(&path) {
             Ok(meta) => meta.len(),
             Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(false),
@@ -237,25 +242,31 @@ impl Store {
     /// or not at all.
     fn write(&self, id: &str, bytes: &[u8]) -> Result<(), StoreError> {
         let n_bytes = bytes.len() as u64;
-        let path = self.object_path(id);
-        let replaced = fs::symlink_metadata(&path).map(|meta| meta.len()).ok();
         self.reserve(n_bytes)?;
         let tmp = self.0.dir.join("tmp").join(format!("{id}.{}", self.0.next_tmp.fetch_add(1, Ordering::Relaxed)));
-        let written = write_and_rename(&tmp, &path, bytes);
-        match written {
-            Ok(()) => {
-                if let Some(old_bytes) = replaced {
-                    self.forget(old_bytes);
-                }
-                Ok(())
-            }
-            Err(error) => {
-                self.forget(n_bytes);
-                // Best effort: what stays is removed at the next open.
-                let _ = fs::remove_file(&tmp);
-                Err(self.full_or(error, n_bytes))
-            }
+        let written = write_tmp(&tmp, bytes).and_then(|()| self.publish(&tmp, &self.object_path(id)));
+        written.map_err(|error| {
+            self.forget(n_bytes);
+            // Best effort: what stays is removed at the next open.
+            let _ = fs::remove_file(&tmp);
+            self.full_or(error, n_bytes)
+        })
+    }
+
+    /// Gives a finished file its name; it replaces one that may be there.
+    fn publish(&self, tmp: &Path, path: &Path) -> Result<(), StoreError> {
+        let shard = path.parent().expect("objects lie in a shard directory");
+        let _names = self.0.names.lock();
+        if !shard.is_dir() {
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(shard).map_err(io_error("create", shard))?;
+            sync_parent(shard)?;
         }
+        let replaced_bytes = fs::symlink_metadata(path).map(|meta| meta.len()).ok();
+        fs::rename(tmp, path).map_err(io_error("rename", tmp))?;
+        if let Some(bytes) = replaced_bytes {
+            self.forget(bytes);
+        }
+        sync_parent(path)
     }
 
     fn reserve(&self, n_bytes: u64) -> Result<(), StoreError> {
@@ -289,16 +300,21 @@ impl Store {
         }
     }
 
-    fn quarantine(&self, id: &str) {
+    /// Moves a file out of the way, if it still is the one that was found damaged: a new upload may have
+    /// replaced it meanwhile.
+    fn quarantine(&self, id: &str, found: &[u8]) {
         let path = self.object_path(id);
-        let bytes = fs::symlink_metadata(&path).map_or(0, |meta| meta.len());
-        let aside = self.0.dir.join("quarantine").join(id);
-        match fs::rename(&path, &aside) {
+        let _names = self.0.names.lock();
+        let same = nofollow::open_regular(&path).and_then(|(file, bytes)| read_exactly(file, bytes));
+        if !same.is_ok_and(|bytes| bytes == found) {
+            return;
+        }
+        match fs::rename(&path, self.0.dir.join("quarantine").join(id)) {
             Ok(()) => {
-                self.forget(bytes);
+                self.forget(found.len() as u64);
                 tracing::error!(object = id, "stored adapter is damaged and was moved to quarantine");
             }
-            // Another reader was faster, or the disk is failing: the error returned says the rest.
+            // The error that the reader gets says the rest.
             Err(error) => tracing::warn!(object = id, %error, "damaged adapter could not be moved to quarantine"),
         }
     }
@@ -348,18 +364,11 @@ fn read_exactly(file: fs::File, n_bytes: u64) -> io::Result<Vec<u8>> {
     if bytes.len() == wanted { Ok(bytes) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
 }
 
-fn write_and_rename(tmp: &Path, path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+fn write_tmp(tmp: &Path, bytes: &[u8]) -> Result<(), StoreError> {
     let mut options = fs::OpenOptions::new();
     let mut file = options.write(true).create_new(true).mode(0o600).open(tmp).map_err(io_error("create", tmp))?;
     file.write_all(bytes).map_err(io_error("write", tmp))?;
-    file.sync_all().map_err(io_error("sync", tmp))?;
-    let shard = path.parent().expect("objects lie in a shard directory");
-    if !shard.is_dir() {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(shard).map_err(io_error("create", shard))?;
-        sync_parent(shard)?;
-    }
-    fs::rename(tmp, path).map_err(io_error("rename", tmp))?;
-    sync_parent(path)
+    file.sync_all().map_err(io_error("sync", tmp))
 }
 
 fn sync_parent(path: &Path) -> Result<(), StoreError> {

@@ -134,7 +134,9 @@ impl CacheCore {
             if occupant.leases > 0 || occupant.adapter.is_none() {
                 continue;
             }
-            let waits_at = self.places.get(&occupant.hash).copied();
+            // Asked for after the queue last told its order: it waits, at a place not known yet.
+            let is_news = || self.entries.get(&occupant.hash).is_some_and(|entry| entry.asked_at > self.preferred_at);
+            let waits_at = self.places.get(&occupant.hash).copied().or_else(|| is_news().then_some(usize::MAX));
             let may_go = match (claim, waits_at) {
                 (Claim::Prewarm, _) => waits_at.is_none() && !occupant.protected,
                 (Claim::Queued(_), None) => true,

@@ -1,0 +1,196 @@
+//! Cache, actor and store together, with a loader that packs nothing real.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread;
+
+use model::adapter::{AdapterFiles, LoraAdapter};
+use shared::clock::SystemClock;
+use shared::id::TenantId;
+use shared::seal::TenantKey;
+
+use super::*;
+use crate::cache::{CacheConfig, Owner};
+use crate::handle::LeaseDecision;
+use crate::lease::Lease;
+use crate::loader::HostFiles;
+use crate::residency::Warmth;
+
+/// Reads from a real store; counts, and panics on demand.
+struct StoreLoader {
+    store: Store,
+    key: TenantKey,
+    fetches: AtomicU32,
+    panics: AtomicBool,
+}
+
+impl Loader for StoreLoader {
+    fn fetch(&self, owner: &Owner, hash: &ContentHash) -> Result<HostFiles, LoadError> {
+        self.fetches.fetch_add(1, Ordering::SeqCst);
+        assert!(!self.panics.load(Ordering::SeqCst), "asked to panic");
+        Ok(self.store.read(&self.key, &owner.tenant, hash)?)
+    }
+
+    fn pack(&self, hash: &ContentHash, files: &HostFiles) -> Result<LoraAdapter, LoadError> {
+        Ok(LoraAdapter { hash: *hash, layers: Vec::new(), rank_max: 8, bytes: files.bytes() })
+    }
+}
+
+struct Bench {
+    dir: std::path::PathBuf,
+    cache: AdapterCache,
+    loader: Arc<StoreLoader>,
+    actor: ActorRef<AdapterCacheMsg>,
+    woken: Arc<tokio::sync::Notify>,
+    acme: TenantId,
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        self.actor.stop(None);
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+impl Bench {
+    async fn new(name: &str, slots: usize) -> Self {
+        let dir = std::env::temp_dir().join(format!("tenantry-cache-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&dir);
+        let store = Store::open(&dir, 1 << 24).expect("opens");
+        let loader = Arc::new(StoreLoader {
+            store: store.clone(),
+            key: TenantKey::random(),
+            fetches: AtomicU32::new(0),
+            panics: AtomicBool::new(false),
+        });
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        let config = CacheConfig { slots, engine_bytes: 1 << 24, host_bytes: 0, loads_at_once: 2 };
+        let (cache, commands) = AdapterCache::new(config, Arc::clone(&clock));
+        let woken = Arc::new(tokio::sync::Notify::new());
+        cache.set_waker(Arc::new({
+            let woken = Arc::clone(&woken);
+            move || woken.notify_one()
+        }));
+        let args = AdapterCacheArgs {
+            cache: cache.clone(),
+            commands,
+            loader: Arc::<StoreLoader>::clone(&loader),
+            clock,
+            store: Some(store),
+        };
+        let (actor, _) = Actor::spawn(None, AdapterCacheActor, args).await.expect("starts");
+        Self { dir, cache, loader, actor, woken, acme: "acme".parse().expect("tenant") }
+    }
+
+    fn put(&self, n: u32, bytes: usize) -> ContentHash {
+        let files = AdapterFiles::Gguf(n.to_le_bytes().repeat(bytes / 4));
+        self.loader.store.put(&self.loader.key, &self.acme, &files).expect("stored")
+    }
+
+    fn want(&self, hash: ContentHash) {
+        self.cache.want(hash, &self.acme, SystemClock.now() + Duration::from_secs(60));
+    }
+
+    /// Leases `hash`, sleeping until something settles in between, as the engine does.
+    async fn lease(&self, hash: ContentHash) -> Result<Lease, LoadError> {
+        loop {
+            self.cache.prefer(&[hash], true);
+            match self.cache.lease(&hash) {
+                LeaseDecision::Leased(lease) => return Ok(lease),
+                LeaseDecision::Failed(error) => return Err(error),
+                LeaseDecision::Absent => self.want(hash),
+                LeaseDecision::Loading | LeaseDecision::NoSlot => self.woken.notified().await,
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_stored_adapter_is_loaded_when_asked_for_and_leased_from_then_on() {
+    let b = Bench::new("lease", 2).await;
+    let hash = b.put(1, 1000);
+    assert_eq!(b.cache.residency(&hash), Warmth::Absent);
+    let lease = b.lease(hash).await.expect("loads");
+    assert_eq!((lease.hash(), b.cache.residency(&hash)), (hash, Warmth::Ready));
+    let (other, third) = (b.put(2, 1000), b.put(3, 1000));
+    drop(b.lease(other).await.expect("loads"));
+    drop(b.lease(third).await.expect("the unleased one goes"));
+    assert_eq!(b.cache.residency(&hash), Warmth::Ready);
+    assert_eq!(b.cache.residency(&other), Warmth::NoSlot, "its request's deadline has not passed");
+    assert_eq!(b.loader.fetches.load(Ordering::SeqCst), 3);
+    drop(lease);
+    let stats = b.cache.stats();
+    assert_eq!((stats.leased, stats.resident, stats.evictions), (0, 2, 1));
+}
+
+#[tokio::test]
+async fn missing_damaged_and_panicking_loads_are_told_and_the_cache_goes_on() {
+    let b = Bench::new("failures", 2).await;
+    let missing = ContentHash::of(b"never stored");
+    assert_eq!(b.lease(missing).await.expect_err("not there"), LoadError::NotStored);
+    let cursed = b.put(1, 100);
+    b.loader.panics.store(true, Ordering::SeqCst);
+    assert_eq!(b.lease(cursed).await.expect_err("panics"), LoadError::Panicked);
+    b.loader.panics.store(false, Ordering::SeqCst);
+    assert_eq!(b.cache.residency(&cursed), Warmth::Failed);
+    let good = b.put(2, 100);
+    assert!(b.lease(good).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_miss_from_disk_is_fast_and_a_hit_takes_no_time() {
+    let b = Bench::new("speed", 2).await;
+    let (hash, size) = (b.put(1, 2 << 20), 2 << 20);
+    let started = SystemClock.now();
+    drop(b.lease(hash).await.expect("loads"));
+    let miss = started.elapsed();
+    let started = SystemClock.now();
+    for _ in 0..10_000 {
+        let LeaseDecision::Leased(lease) = b.cache.lease(&hash) else { panic!("resident") };
+        drop(lease);
+    }
+    let hit = started.elapsed() / 10_000;
+    println!("miss of {size} bytes {miss:?}, lease and release {hit:?}");
+    assert!(miss < Duration::from_secs(2) && hit < Duration::from_micros(100), "{miss:?} {hit:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leases_taken_and_dropped_on_many_threads_leave_none_behind() {
+    let b = Bench::new("threads", 3).await;
+    let hashes: Vec<ContentHash> = (0..6).map(|n| b.put(n, 400)).collect();
+    let wrong = Arc::new(AtomicU32::new(0));
+    let leased = Arc::new(AtomicU32::new(0));
+    let threads: Vec<_> = (0..4_usize)
+        .map(|seed| {
+            let (cache, hashes, acme) = (b.cache.clone(), hashes.clone(), b.acme.clone());
+            let (wrong, leased) = (Arc::clone(&wrong), Arc::clone(&leased));
+            thread::spawn(move || {
+                let mut held: Vec<Lease> = Vec::new();
+                for round in 0..5_000_usize {
+                    let hash = hashes[(round * 7 + seed * 3 + round / 11) % hashes.len()];
+                    cache.want(hash, &acme, SystemClock.now() + Duration::from_secs(60));
+                    if seed == 0 {
+                        cache.prefer(&[], false);
+                    }
+                    if let LeaseDecision::Leased(lease) = cache.lease(&hash) {
+                        leased.fetch_add(1, Ordering::Relaxed);
+                        wrong.fetch_add(u32::from(lease.hash() != hash), Ordering::Relaxed);
+                        held.push(lease.clone());
+                        held.push(lease);
+                    }
+                    if held.len() > 4 {
+                        held.clear();
+                        // Time for loads: the other threads' leases end in between.
+                        thread::sleep(Duration::from_micros(50));
+                    }
+                }
+            })
+        })
+        .collect();
+    for thread in threads {
+        tokio::task::spawn_blocking(move || thread.join().expect("ended")).await.expect("joined");
+    }
+    let stats = b.cache.stats();
+    println!("{} leases from 4 threads, {stats:?}", leased.load(Ordering::Relaxed));
+    assert_eq!((stats.leased, wrong.load(Ordering::Relaxed)), (0, 0));
+    assert!(leased.load(Ordering::Relaxed) > 1000 && stats.evictions > 10);
+}
