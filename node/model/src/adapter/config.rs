@@ -377,7 +377,7 @@ impl Fields<'_> {
     fn text(&self, field: &str) -> Result<Option<&str>, AdapterError> {
         match self.set(field) {
             None => Ok(None),
-            Some(Value::String(text)) => Ok(Some(text).map(String::as_str).filter(|text| !text.is_empty())),
+            Some(Value::String(text)) => Ok(Some(text.as_str()).filter(|text| !text.is_empty())),
             Some(other) => Err(AdapterError::invalid(format!("{field} = {}: expected a string", show(other)))),
         }
     }

@@ -59,8 +59,8 @@ impl TensorView<'_> {
 
     /// Refuses values that are not finite or out of range.
     pub(super) fn check_values(&self, name: &str) -> Result<(), AdapterError> {
-        // A comparison with NaN is false, so the one test catches NaN, infinities and large values.
-        let bad = self.values().enumerate().find(|(_, value)| !(value.abs() <= VALUE_ABS_MAX));
+        let is_bad = |value: f32| value.is_nan() || value.abs() > VALUE_ABS_MAX;
+        let bad = self.values().enumerate().find(|(_, value)| is_bad(*value));
         match bad {
             None => Ok(()),
             Some((at, value)) => Err(AdapterError::invalid(format!(
