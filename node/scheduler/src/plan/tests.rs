@@ -100,6 +100,21 @@ fn the_youngest_loses_its_pages_and_the_oldest_gets_on() {
 }
 
 #[test]
+fn a_younger_sequence_never_takes_an_older_ones_pages() {
+    let mut pool = pool(4);
+    let mut planner = Planner::new(config(ClassReserve::NONE));
+    let mut sequences =
+        vec![sequence(1, Tier::Shared, 8, None, &mut pool), sequence(2, Tier::Shared, 8, None, &mut pool)];
+    for sequence in &mut sequences {
+        sequence.reserve(8, &mut pool);
+    }
+    sequences[1].advance(8, &mut pool);
+    sequences[1].push(1);
+    let plan = planner.plan(&mut sequences, &mut pool, &CostModel::default());
+    assert_eq!((rows(&plan), plan.n_preempted), (vec![(0, 8)], 0), "the younger one waits, though it decodes");
+}
+
+#[test]
 fn a_parked_sequence_has_no_rows_and_yields_its_pages_to_anyone() {
     let mut pool = pool(4);
     let mut planner = Planner::new(config(ClassReserve::NONE));
