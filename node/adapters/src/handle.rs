@@ -19,6 +19,9 @@ use crate::lease::{Lease, ReleaseLease};
 use crate::loader::LoadError;
 use crate::residency::{ResidencyIndex, Warmth};
 
+/// Longest order worth telling: finding it costs the queue microseconds per pull.
+const ORDER_LEN_MAX: usize = 128;
+
 /// Called when an adapter became ready or failed, so that a sleeping engine looks again. Must not block.
 pub type Waker = Arc<dyn Fn() + Send + Sync>;
 
@@ -33,6 +36,7 @@ struct Inner {
     commands: mpsc::UnboundedSender<Command>,
     waker: RwLock<Option<Waker>>,
     clock: Arc<dyn Clock>,
+    order_len: usize,
 }
 
 /// Answer to a wish for a lease.
@@ -62,12 +66,14 @@ impl AdapterCache {
     /// An empty cache and the commands it will give; [`crate::actor::AdapterCacheActor`] performs them.
     pub fn new(config: CacheConfig, clock: Arc<dyn Clock>) -> (Self, mpsc::UnboundedReceiver<Command>) {
         let (commands, receiver) = mpsc::unbounded_channel();
+        let order_len = config.slots.saturating_mul(2).clamp(8, ORDER_LEN_MAX);
         let inner = Inner {
             core: Mutex::new(CacheCore::new(config)),
             index: ResidencyIndex::default(),
             commands,
             waker: RwLock::new(None),
             clock,
+            order_len,
         };
         (Self(Arc::new(inner)), receiver)
     }
@@ -89,6 +95,12 @@ impl AdapterCache {
     /// Cheap when nothing changed.
     pub fn prefer(&self, order: &[ContentHash], drain: bool) {
         self.0.update(|core, now| core.prefer(now, order, drain));
+    }
+
+    /// How many adapters of the queue's order [`Self::prefer`] should be told: every slot's, so that who waits
+    /// keeps a resident adapter, and as many again to load next.
+    pub fn order_len(&self) -> usize {
+        self.0.order_len
     }
 
     /// Holds an adapter if it is resident. Takes well under a microsecond.

@@ -86,7 +86,8 @@ pub enum Residency {
     NoSlot,
     /// Nobody asked for it yet, or it was evicted.
     Absent,
-    /// It cannot be loaded: the request is handed out so that its owner can refuse it or fall back.
+    /// It cannot be loaded: the request is handed out in its turn, so that its owner can refuse it or let the
+    /// base answer.
     Failed,
 }
 

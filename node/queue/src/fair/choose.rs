@@ -115,12 +115,10 @@ impl<T> FairQueue<T> {
                 budget.parkings = budget.parkings.saturating_sub(1);
                 continue;
             }
-            // A failed one enters no slot and takes no room: it is answered, not run.
-            if residency == Residency::Failed {
-                return Look::Take(route, residency);
-            }
             budget.step_overs = budget.step_overs.saturating_sub(1);
-            let barred = adapter.is_some() && self.is_barred(tenant, route, view);
+            // A failed one needs no slot, but room: its contract may let the base answer.
+            let needs_slot = adapter.is_some() && residency == Residency::Ready;
+            let barred = needs_slot && self.is_barred(tenant, route, view);
             self.draining |= barred;
             if barred || !self.tenants.at(tenant).may_run(n_sequences) {
                 if budget.step_overs == 0 {

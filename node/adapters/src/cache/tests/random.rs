@@ -184,7 +184,7 @@ fn run(seed: u64) {
 
 #[test]
 fn budgets_leases_and_single_flight_hold_under_random_operations() {
-    for seed in 0..400 {
+    for seed in 0..150 {
         if let Err(cause) = std::panic::catch_unwind(|| run(seed)) {
             eprintln!("seed {seed}");
             std::panic::resume_unwind(cause);

@@ -88,19 +88,13 @@ fn run(seed: u64) {
                 let nothing_runs = ledger.running.is_empty();
                 if let Some(picked) = queue.next(now, room, &mut view) {
                     let fits = picked.item.n_sequences <= room.sequences && picked.item.kv_tokens <= room.kv_tokens;
-                    assert!(fits || nothing_runs || picked.residency == Residency::Failed);
+                    assert!(fits || nothing_runs);
                     assert!(picked.item.deadline > now, "a dead request reached the engine");
                     assert!(matches!(picked.residency, Residency::Ready | Residency::Failed));
                     if rng.below(8) == 0 {
                         queue.put_back(picked);
                     } else {
                         ledger.leaves_queue(picked.payload);
-                        // A failed one is answered at once; the cap does not count it.
-                        if picked.residency == Residency::Failed {
-                            queue.left(picked.item.id);
-                            ledger.ends(picked.payload);
-                            continue;
-                        }
                         let tenant_no = (0..6).find(|&n| tenant(n) == picked.item.route.tenant).expect("known");
                         ledger.running.insert(picked.payload, (tenant_no, picked.item.n_sequences));
                     }
