@@ -99,6 +99,8 @@ fn describe() {
         "tenantry_impersonations_total",
         "Requests that named another tenant than their key's, by tenant of the key."
     );
+    describe_counter!("tenantry_connections_refused_total", "Connections closed at once because too many were open.");
+    describe_counter!("tenantry_streams_cut_total", "Streams ended by the node, by reason.");
     describe_gauge!("tenantry_usage_backlog", "Usage records not yet on disk.");
     describe_gauge!("tenantry_registry_epoch", "Epoch of the registry this node serves from.");
     describe_gauge!("tenantry_engine_up", "1 while the base's engine thread runs.");
@@ -253,4 +255,14 @@ pub fn base_state(room: &crate::base_room::BaseRoom) {
         counter!(name, "model_name" => base.clone(), "engine" => "0").absolute(value);
     }
     gauge!("tenantry_engine_forward_seconds_total", "model_name" => base).set(engine.forward_ns as f64 / 1e9);
+}
+
+/// A connection was closed because too many were open.
+pub fn connection_refused() {
+    counter!("tenantry_connections_refused_total").increment(1);
+}
+
+/// The node ended a stream.
+pub fn stream_cut(reason: &'static str) {
+    counter!("tenantry_streams_cut_total", "reason" => reason).increment(1);
 }

@@ -2,8 +2,11 @@
 //!
 //! Tests themselves live in `tests/tests/<topic>/main.rs`. Nothing here is part of the product.
 
+#![forbid(unsafe_code)]
+
 use std::path::PathBuf;
 
+pub mod operator;
 pub mod process;
 pub mod tiny;
 

@@ -16,6 +16,8 @@ pub struct NodeSpec {
     pub model: PathBuf,
     /// Name of the base.
     pub base: &'static str,
+    /// Names under which adapters may declare the base; empty goes by shapes alone.
+    pub aliases: &'static [&'static str],
     /// `fast` or `exact`.
     pub numerics: &'static str,
     /// Further lines of the cluster file: whole tables.
@@ -25,12 +27,18 @@ pub struct NodeSpec {
 impl NodeSpec {
     /// A node with the real model.
     pub fn real() -> Self {
-        Self { model: crate::model_file(), base: "smollm2", numerics: "fast", tables: String::new() }
+        Self {
+            model: crate::model_file(),
+            base: "smollm2",
+            aliases: &["SmolLM2-135M-Instruct"],
+            numerics: "fast",
+            tables: String::new(),
+        }
     }
 
     /// A node with a generated tiny model in `folder`.
     pub fn tiny(folder: &Path) -> Self {
-        Self { model: crate::tiny::model(folder), base: "tiny", numerics: "exact", tables: String::new() }
+        Self { model: crate::tiny::model(folder), base: "tiny", aliases: &[], numerics: "exact", tables: String::new() }
     }
 
     /// Adds tables to the cluster file, such as `"[adapters]\nslots = 4"`.
@@ -111,10 +119,11 @@ impl NodeProcess {
     pub fn start(folder: &Path, spec: &NodeSpec) -> Self {
         let (http, admin) = (free_address(), free_address());
         let config = format!(
-            "{}\n[[nodes]]\nname = \"a\"\nhttp = \"{http}\"\nadmin = \"{admin}\"\ndata = \"data\"\n\n[[bases]]\nname = \"{}\"\npath = \"{}\"\nnumerics = \"{}\"\n",
+            "{}\n[[nodes]]\nname = \"a\"\nhttp = \"{http}\"\nadmin = \"{admin}\"\ndata = \"data\"\n\n[[bases]]\nname = \"{}\"\npath = \"{}\"\naliases = {:?}\nnumerics = \"{}\"\n",
             spec.tables,
             spec.base,
             spec.model.display(),
+            spec.aliases,
             spec.numerics
         );
         std::fs::write(folder.join("cluster.toml"), config).expect("the scratch folder is writable");
@@ -311,6 +320,21 @@ impl NodeProcess {
         self.admin("GET", "/metrics", "").text
     }
 
+    /// Usage records, once there are `n`: they reach the disk within some milliseconds of a request's end.
+    ///
+    /// # Panics
+    /// When there are fewer after five seconds.
+    pub fn usage_of(&self, n: usize) -> Vec<Value> {
+        for _ in 0..100 {
+            let records = self.usage();
+            if records.len() >= n {
+                return records;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        panic!("fewer than {n} usage records: {:?}", self.usage());
+    }
+
     /// Every usage record written so far.
     pub fn usage(&self) -> Vec<Value> {
         let mut files: Vec<PathBuf> = std::fs::read_dir(self.data().join("usage"))
@@ -343,7 +367,8 @@ fn spawn(folder: &Path) -> Child {
         .expect("the node starts")
 }
 
-fn read(response: ureq::http::Response<ureq::Body>) -> Answer {
+/// The whole of an HTTP answer.
+pub fn read(response: ureq::http::Response<ureq::Body>) -> Answer {
     let (parts, body) = response.into_parts();
     let headers =
         parts.headers.iter().map(|(name, value)| (name.to_string(), value.to_str().unwrap_or_default().to_owned()));

@@ -21,7 +21,7 @@ use candle_core::quantized::GgmlDType;
 use model::adapter::AdapterFiles;
 use model::info::Linear;
 
-mod adapter;
+pub mod adapter;
 mod gguf;
 mod hf;
 mod random;

@@ -91,7 +91,7 @@ impl<S> Accept<TcpStream, S> for Guard {
 
     fn accept(&self, stream: TcpStream, service: S) -> Self::Future {
         let permit = self.open.clone().try_acquire_owned().map_err(|_| {
-            metrics::counter!("tenantry_connections_refused_total").increment(1);
+            crate::metrics::connection_refused();
             io::Error::new(io::ErrorKind::ConnectionRefused, "too many connections")
         });
         let guarded = permit.and_then(|permit| {

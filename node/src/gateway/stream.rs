@@ -110,7 +110,7 @@ impl<B: Backend> Pump<B> {
         match timeout(self.pace.stall, self.frames.send(frame)).await {
             Ok(sent) => sent.is_ok(),
             Err(_) => {
-                metrics::counter!("tenantry_streams_cut_total", "reason" => "slow_reader").increment(1);
+                crate::metrics::stream_cut("slow_reader");
                 self.cut.store(true, Ordering::Release);
                 false
             }

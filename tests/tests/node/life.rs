@@ -115,7 +115,7 @@ fn a_request_past_its_deadline_in_the_queue_gets_504_and_is_never_run() {
         assert!([200, 504].contains(&answer.status().as_u16()), "{answer:?}");
         assert_eq!(answer.status(), 504, "the first request holds the only place");
     });
-    let timed_out: Vec<_> = node.usage().into_iter().filter(|record| record["outcome"] == "failed").collect();
+    let timed_out: Vec<_> = node.usage_of(2).into_iter().filter(|record| record["outcome"] == "failed").collect();
     assert_eq!(timed_out.len(), 1);
     assert_eq!(timed_out[0]["delivered"], json!([0]));
 }

@@ -1,3 +1,5 @@
+//! A model file and the same model as a folder give the same base; damaged ones say what is wrong.
+
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};

@@ -1,3 +1,5 @@
+//! Templates render as Hugging Face does, within bounds of work and output.
+
 use serde_json::json;
 use shared::clock::{Clock, SystemClock};
 

@@ -1,3 +1,5 @@
+//! Tokens of text and of templates, control tokens that users cannot write, and text that streams whole.
+
 use super::*;
 use crate::gguf::check::{Limits, parse};
 use crate::gguf::write::GgufWriter;

@@ -1,3 +1,5 @@
+//! Constraints hold for every token, rebuild from emitted tokens, and hostile schemas cost little.
+
 use std::fmt::Write;
 
 use proptest::prelude::*;

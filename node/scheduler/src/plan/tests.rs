@@ -1,3 +1,5 @@
+//! Rows of a step: bounds, turns between prompts, and step time kept for reserved classes.
+
 use std::time::Duration;
 
 use proptest::prelude::*;

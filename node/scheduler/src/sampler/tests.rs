@@ -1,3 +1,5 @@
+//! Tokens against plain definitions of every sampling rule, and the random stream against published vectors.
+
 use proptest::prelude::*;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Hostile GGUF headers: each refused with its reason, none panics, none allocates what it claims.
+
 use super::*;
 use crate::gguf::write::GgufWriter;
 
