@@ -148,6 +148,8 @@ fn fair_config(config: &ClusterConfig) -> FairConfig {
         class_weights: config.queue.class_weights,
         pass_tokens_max: config.queue.pass_tokens_max,
         waiting_max: config.queue.depth_total,
+        // Step time is of no use to a class that cannot get a place in the batch.
+        class_sequences_reserved: config.engine.reserves.map(|share| (share * config.engine.sequences as f64) as u32),
         ..FairConfig::default()
     }
 }

@@ -20,9 +20,6 @@ use tokio::sync::mpsc;
 
 use crate::base_room::BaseRoom;
 
-/// Adapters ahead in fair order that the cache is told about: it loads them while others run.
-const PREFETCH_ADAPTERS: usize = 16;
-
 /// What travels with a queued request.
 #[derive(Debug)]
 pub struct Payload {
@@ -113,7 +110,7 @@ impl WorkSource for EngineSource {
         loop {
             let mut view = CacheView(&self.room.cache);
             let Some(picked) = self.queue().next(now, room, &mut view) else {
-                let (order, holds_back) = self.queue().wanted(PREFETCH_ADAPTERS);
+                let (order, holds_back) = self.queue().wanted(self.room.cache.order_len());
                 self.room.cache.prefer(&order, holds_back);
                 return None;
             };
