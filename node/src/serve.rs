@@ -15,6 +15,7 @@ use axum_server::Handle;
 use axum_server::tls_rustls::RustlsConfig;
 use coordinator::auth::AdminKey;
 use coordinator::registry::{Registry, RegistryOptions};
+use metrics_exporter_prometheus::PrometheusHandle;
 use parking_lot::Mutex;
 use ractor::{Actor, ActorRef};
 use shared::clock::{Clock, SystemClock};
@@ -33,6 +34,9 @@ use crate::gateway::listen::{self, Bounds};
 use crate::metering::journal::Journal;
 use crate::metrics;
 use crate::supervisor::{NodeSupervisor, SupervisorArgs, SupervisorMsg};
+
+/// Histogram samples wait in memory until they are sorted into buckets; without a scraper nobody else does it.
+const METRICS_UPKEEP_EVERY: Duration = Duration::from_secs(5);
 
 /// Arguments of `tenantry node`.
 #[derive(Debug, clap::Args)]
@@ -98,12 +102,13 @@ async fn serve(config: ClusterConfig, node: NodeConfig) -> anyhow::Result<()> {
         .map_err(|error| anyhow::anyhow!("start the node's actors: {error}"))?;
 
     let client_router = gateway::router(Arc::clone(&app));
-    let admin_router = admin::router(Arc::new(Admin { app: Arc::clone(&app), key: admin_key, metrics }));
+    let admin_router =
+        admin::router(Arc::new(Admin { app: Arc::clone(&app), key: admin_key, metrics: metrics.clone() }));
     let clients = Port::open(http, tls.clone(), client_router);
     let admins = Port::open(operators, tls.clone(), admin_router);
     tracing::info!(node = %app.node().name, http = %clients.address, admin = %admins.address, tls = tls.is_some(), "node serves");
 
-    let end = wait_for_end(&app, tls, supervisor_end).await;
+    let end = wait_for_end(&app, tls, &metrics, supervisor_end).await;
     stop(app, supervisor, clients, admins, end.is_ok()).await;
     end
 }
@@ -237,13 +242,16 @@ impl Port {
 async fn wait_for_end(
     app: &App,
     tls: Option<(RustlsConfig, TlsConfig)>,
+    metrics: &PrometheusHandle,
     mut supervisor_end: JoinHandle<()>,
 ) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("watch for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("watch for SIGINT")?;
     let mut hangup = signal(SignalKind::hangup()).context("watch for SIGHUP")?;
+    let mut upkeep = tokio::time::interval(METRICS_UPKEEP_EVERY);
     loop {
         tokio::select! {
+            _ = upkeep.tick() => metrics.run_upkeep(),
             _ = terminate.recv() => return Ok(()),
             _ = interrupt.recv() => return Ok(()),
             _ = hangup.recv() => reload_tls(tls.as_ref()).await,
