@@ -266,3 +266,19 @@ pub fn connection_refused() {
 pub fn stream_cut(reason: &'static str) {
     counter!("tenantry_streams_cut_total", "reason" => reason).increment(1);
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn the_thousand_and_first_tenant_shares_a_label() {
+        let tenant = |index: usize| -> TenantId { format!("t{index}").parse().expect("an id") };
+        let labels: BTreeSet<String> = (0..2 * TENANT_LABELS_MAX).map(|index| tenant_label(&tenant(index))).collect();
+        assert!(labels.len() <= TENANT_LABELS_MAX + 1, "{} labels", labels.len());
+        assert_eq!(tenant_label(&tenant(0)), "t0", "who had a label keeps it");
+        assert_eq!(tenant_label(&tenant(5000)), "_other");
+    }
+}

@@ -323,7 +323,10 @@ pub fn document() -> utoipa::openapi::OpenApi {
         paths::upload_adapter,
         paths::remove_adapter,
         paths::point_task,
-        paths::remove_task
+        paths::remove_task,
+        paths::healthz,
+        paths::readyz,
+        paths::openapi
     )
 )]
 struct Document;
@@ -363,4 +366,10 @@ mod paths {
     fn point_task() {}
     #[utoipa::path(delete, path = "/admin/v1/tenants/{tenant}/tasks/{task}", params(("tenant" = String, Path), ("task" = String, Path)), responses((status = 200, body = Done)))]
     fn remove_task() {}
+    #[utoipa::path(get, path = "/healthz", responses((status = 200, description = "The process answers; needs no key.")))]
+    fn healthz() {}
+    #[utoipa::path(get, path = "/readyz", responses((status = 200, description = "This node can serve; needs no key."), (status = 503, description = "Some check fails.")))]
+    fn readyz() {}
+    #[utoipa::path(get, path = "/openapi.json", responses((status = 200, description = "This document; needs no key.")))]
+    fn openapi() {}
 }
