@@ -23,6 +23,7 @@ use scheduler::source::CancelFlag;
 use shared::clock::Clock;
 use shared::config::{ClusterConfig, NodeConfig};
 use shared::error::{ErrorKind, RequestError};
+use shared::hash::ContentHash;
 use shared::id::{BaseName, Route, TenantId};
 use shared::request::{Envelope, Generation};
 use shared::tenant::TenantContract;
@@ -138,23 +139,33 @@ impl App {
         match event {
             Event::TenantDeleted { tenant, adapters } => {
                 self.admission.lock().forget(tenant);
-                for room in self.rooms.values() {
-                    room.grammars.forget(tenant);
-                    adapters.iter().for_each(|hash| room.cache.forget(hash));
-                }
-                for hash in adapters {
-                    self.delete_object(tenant, hash);
-                }
+                self.rooms.values().for_each(|room| room.grammars.forget(tenant));
+                adapters.iter().for_each(|hash| self.delete_adapter(tenant, hash));
             }
-            Event::AdapterVersionRemoved { name, hash, still_used: false } => {
-                self.rooms.values().for_each(|room| room.cache.forget(hash));
-                self.delete_object(&name.client, hash);
-            }
+            Event::AdapterVersionRemoved { name, hash, still_used: false } => self.delete_adapter(&name.client, hash),
             _ => {}
         }
     }
 
-    fn delete_object(&self, tenant: &TenantId, hash: &shared::hash::ContentHash) {
+    /// Deletes a tenant's copy of an adapter. Its memory goes too, unless another tenant has the same bytes: the
+    /// cache goes by content, and what one tenant deletes must not be noticed by another.
+    fn delete_adapter(&self, tenant: &TenantId, hash: &ContentHash) {
+        let snapshot = self.registry.snapshot();
+        let heir = snapshot.tenants().into_iter().find(|other| {
+            *other.record().tenant() != *tenant && other.record().adapters.values().any(|stored| stored.hash == *hash)
+        });
+        match &heir {
+            Some(heir) => self.rooms.values().for_each(|room| room.cache.stored(hash, heir.record().tenant())),
+            None => self.rooms.values().for_each(|room| room.cache.forget(hash)),
+        }
+        self.delete_object(tenant, hash);
+        if let Some(heir) = heir {
+            // Once more: a load that began in between may have met the deleted copy.
+            self.rooms.values().for_each(|room| room.cache.stored(hash, heir.record().tenant()));
+        }
+    }
+
+    fn delete_object(&self, tenant: &TenantId, hash: &ContentHash) {
         if let Err(error) = self.store.delete(tenant, hash) {
             tracing::warn!(tenant_id = %tenant, hash = %hash.short(), %error, "adapter file could not be deleted; its key is what matters");
         }

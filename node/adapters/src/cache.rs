@@ -186,6 +186,8 @@ struct Entry {
 struct Job {
     /// The adapter was deleted meanwhile: what the job brings is thrown away.
     doomed: bool,
+    /// Its files were stored meanwhile, perhaps for another owner: a failure says nothing about those.
+    renewed: bool,
 }
 
 #[derive(Debug)]
@@ -444,6 +446,10 @@ impl CacheCore {
                 self.note_failure(now, hash, LoadError::NotStored);
             }
             Ok(loaded) => self.place_loaded(now, hash, loaded),
+            Err(_) if job.renewed => {
+                self.vacate(hash);
+                self.want_again(hash);
+            }
             Err(error) => self.note_failure(now, hash, error),
         }
         self.show(hash);
@@ -515,6 +521,38 @@ impl CacheCore {
         self.show(*hash);
         self.drop_unused(*hash);
         self.plan(now);
+    }
+
+    /// `owner` has a stored copy of the adapter, whatever was deleted or failed before: loads use it from now on.
+    /// Equal content of several tenants has one place here, so what one of them deletes must not be missed by
+    /// the others.
+    pub fn stored(&mut self, now: Instant, hash: &ContentHash, owner: Owner) {
+        let Some(entry) = self.entries.get_mut(hash) else { return };
+        entry.owner = owner;
+        if let Some(job) = &mut entry.job {
+            *job = Job { doomed: false, renewed: true };
+        }
+        if let Some(failure) = entry.failure.take() {
+            self.failures.remove(&failure.at);
+        }
+        let occupant = entry.slot.and_then(|slot| self.slots[slot as usize].occupant.as_mut());
+        if let Some(occupant) = occupant {
+            occupant.doomed = false;
+        }
+        self.show(*hash);
+        self.drop_unused(*hash);
+        self.plan(now);
+    }
+
+    /// Puts an adapter that requests may still wait for back among those that need a slot.
+    fn want_again(&mut self, hash: ContentHash) {
+        let tick = self.next_tick();
+        if let Some(entry) = self.entries.get_mut(&hash)
+            && entry.wanted_until.is_some()
+        {
+            let seq = *entry.want_seq.get_or_insert(tick);
+            self.wants.insert(seq, hash);
+        }
     }
 
     /// Drops wants whose requests are past their deadline. Called now and then.

@@ -143,6 +143,13 @@ impl AdapterCache {
         self.0.update(|core, now| core.forget(now, hash));
     }
 
+    /// `tenant` has the adapter's files in the store: earlier failures and deletions no longer count, and loads
+    /// use its copy. Called after an upload, and when somebody else with equal files deleted theirs.
+    pub fn stored(&self, hash: &ContentHash, tenant: &TenantId) {
+        let owner = Owner { tenant: tenant.clone() };
+        self.0.update(|core, now| core.stored(now, hash, owner));
+    }
+
     /// Counts and sizes.
     pub fn stats(&self) -> CacheStats {
         self.0.core.lock().stats()

@@ -57,6 +57,7 @@ impl App {
             let summary = checked.summary();
             let hash = files.content_hash();
             store.put(owner.key(), &owner.contract().tenant, &files)?;
+            room.cache.stored(&hash, &owner.contract().tenant);
             Ok(StoredAdapter {
                 hash,
                 bytes: files.bytes() as u64,

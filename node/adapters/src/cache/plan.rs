@@ -239,7 +239,7 @@ impl CacheCore {
         let tick = self.next_tick();
         let host = self.touch_host(&hash, tick);
         let entry = self.entries.get_mut(&hash).expect("only known adapters are loaded");
-        entry.job = Some(Job { doomed: false });
+        entry.job = Some(Job { doomed: false, renewed: false });
         self.n_jobs += 1;
         self.commands.push(Command::Load(LoadJob { hash, owner: entry.owner.clone(), host, pack }));
     }
@@ -276,13 +276,7 @@ impl CacheCore {
         if !self.make_room(0, more, Claim::Queued(place)) {
             self.commands.push(Command::Retire(Retired::Packed(packed)));
             self.vacate(hash);
-            let tick = self.next_tick();
-            if let Some(entry) = self.entries.get_mut(&hash)
-                && entry.wanted_until.is_some()
-            {
-                let seq = *entry.want_seq.get_or_insert(tick);
-                self.wants.insert(seq, hash);
-            }
+            self.want_again(hash);
             return;
         }
         self.engine_bytes = self.engine_bytes - reserved + packed.bytes;

@@ -394,6 +394,40 @@ fn a_deleted_adapter_serves_its_leases_out_and_nothing_more() {
 }
 
 #[test]
+fn what_is_stored_again_is_no_longer_missing() {
+    let mut b = Bench::new(2);
+    b.visit(1);
+    b.core.forget(b.clock.now(), &hash(1));
+    b.core.stored(b.clock.now(), &hash(1), owner());
+    assert_eq!(b.core.failure(&hash(1)), None);
+    b.visit(1);
+    // Stored while the load of what was deleted before is under way.
+    b.want(2);
+    let job = b.jobs().pop().expect("loading");
+    b.core.forget(b.clock.now(), &hash(2));
+    b.core.stored(b.clock.now(), &hash(2), owner());
+    b.core.finished(b.clock.now(), job.hash, Err(LoadError::NotStored));
+    assert_eq!(b.core.failure(&hash(2)), None);
+    b.settle();
+    assert!(b.lease(2), "who waits gets it without asking again");
+}
+
+#[test]
+fn a_load_for_a_deleted_owner_is_repeated_for_the_next() {
+    let mut b = Bench::new(1);
+    b.want(1);
+    let job = b.jobs().pop().expect("loading");
+    let heir = Owner { tenant: "heir".parse().expect("tenant") };
+    b.core.stored(b.clock.now(), &hash(1), heir.clone());
+    b.core.finished(b.clock.now(), job.hash, Err(LoadError::Sealed));
+    let job = b.jobs().pop().expect("repeated");
+    assert_eq!(job.owner, heir);
+    b.finish(&job);
+    assert!(b.lease(1));
+    assert_eq!(b.core.stats().failures, 0);
+}
+
+#[test]
 fn wants_end_with_their_requests_deadline() {
     let mut b = Bench::new(1);
     b.want(0);
