@@ -139,10 +139,10 @@ impl Tap {
     fn on_token(&mut self, choice: u32) {
         let now = self.clock.now();
         self.first_token_at.get_or_insert(now);
-        if choice == 0 {
-            if let Some(before) = self.last_token_at.replace(now) {
-                crate::metrics::token_gap(&self.envelope, now.saturating_duration_since(before));
-            }
+        if choice == 0
+            && let Some(before) = self.last_token_at.replace(now)
+        {
+            crate::metrics::token_gap(&self.envelope, now.saturating_duration_since(before));
         }
         if let Some(count) = self.delivered.get_mut(choice as usize) {
             *count += 1;

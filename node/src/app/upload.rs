@@ -34,7 +34,6 @@ pub fn adapter_limits(config: &ClusterConfig, base: &BaseName) -> AdapterLimits 
         rank_max: config.adapters.rank_max,
         bytes_max: config.adapters.file_bytes_max,
         accepted_base_names,
-        ..AdapterLimits::default()
     }
 }
 
