@@ -219,7 +219,9 @@ fn rate_error(limits: &Limits, by_tokens: bool, wait: Duration) -> RequestError 
     let (max, what) =
         if by_tokens { (limits.tokens_per_minute, "tokens") } else { (limits.requests_per_minute, "requests") };
     let message = format!("over the contract's {max} {what} per minute; hint: retry in {:.1} s", wait.as_secs_f64());
-    RequestError::new(ErrorKind::Throttled, "rate_limit_exceeded", message).retry_after(wait)
+    // Doors tell clients by this mark which of the two rates bound.
+    let param = by_tokens.then(|| what.into());
+    RequestError { param, ..RequestError::new(ErrorKind::Throttled, "rate_limit_exceeded", message).retry_after(wait) }
 }
 
 #[cfg(test)]

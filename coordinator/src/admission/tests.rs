@@ -42,6 +42,7 @@ fn the_burst_passes_and_then_retry_after_is_exact() {
     let wait = refused.error.retry_after.expect("says when");
     assert_eq!((refused.error.code, wait), ("rate_limit_exceeded", Duration::from_secs(1)));
     assert!(refused.error.message.contains("60 requests"), "{}", refused.error.message);
+    assert_eq!(refused.error.param, None);
     assert!(admission.admit(&contract, demand(10), start + wait - Duration::from_nanos(1)).is_err());
     assert!(admission.admit(&contract, demand(10), start + wait).is_ok());
 }
@@ -56,6 +57,7 @@ fn tokens_are_reserved_for_the_worst_case_and_settled_by_use() {
     let refused = admission.admit(&contract, big, start).expect_err("over the rate");
     assert_eq!(refused.error.retry_after, Some(Duration::from_secs(40)), "4000 tokens at 100 a second");
     assert!(refused.error.message.contains("6000 tokens"), "{}", refused.error.message);
+    assert_eq!(refused.error.param.as_deref(), Some("tokens"), "which rate bound");
     admission.settle(admitted.reservation, 1100);
     assert_eq!(admission.status(&contract, start).remaining_tokens, 4900);
     let admitted = admission.admit(&contract, demand(100), start).expect("fits");
