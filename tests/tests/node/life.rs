@@ -103,18 +103,22 @@ fn a_request_past_its_deadline_in_the_queue_gets_504_and_is_never_run() {
             .with("[engine]\nsequences = 1\nrows_per_step = 16\nprefill_chunk = 16\nthreads = 1"),
     );
     let key = node.tenant("slow", &[]);
-    let long = json!({"model": "tiny", "prompt": "x", "max_tokens": 400, "ignore_eos": true, "temperature": 0});
-    std::thread::scope(|scope| {
-        scope.spawn(|| node.post("/v1/completions", &key, &long));
-        std::thread::sleep(Duration::from_millis(30));
-        let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
-        let request =
-            agent.post(format!("{}/v1/completions", node.url())).header("authorization", format!("Bearer {key}"));
-        let request = request.header("content-type", "application/json").header("x-tenantry-timeout-ms", "1");
-        let answer = request.send(long.to_string()).expect("the node answers");
-        assert!([200, 504].contains(&answer.status().as_u16()), "{answer:?}");
-        assert_eq!(answer.status(), 504, "the first request holds the only place");
+    let long =
+        json!({"model": "tiny", "prompt": "x", "max_tokens": 1000, "ignore_eos": true, "stream": true, "logprobs": 5});
+    let late = json!({"model": "tiny", "prompt": "x", "max_tokens": 400, "ignore_eos": true});
+    let mut answers = Vec::new();
+    // The second request is sent when the first has begun: it holds the only place for a long time.
+    node.stream("/v1/completions", &key, &long, |_| {
+        if answers.is_empty() {
+            let request = tests::operator::agent().post(format!("{}/v1/completions", node.url()));
+            let request = request.header("authorization", format!("Bearer {key}")).header("x-tenantry-timeout-ms", "1");
+            let request = request.header("content-type", "application/json").send(late.to_string());
+            answers.push(tests::process::read(request.expect("the node answers")));
+        }
+        true
     });
+    assert_eq!((answers[0].status, answers[0].code()), (504, "queue_timeout"), "{}", answers[0].text);
+    std::thread::sleep(Duration::from_millis(200));
     let timed_out: Vec<_> = node.usage_of(2).into_iter().filter(|record| record["outcome"] == "failed").collect();
     assert_eq!(timed_out.len(), 1);
     assert_eq!(timed_out[0]["delivered"], json!([0]));

@@ -1,3 +1,9 @@
 //! A whole node as its users see it: a real process, its real ports, kill -9.
 
+mod cache;
+mod fallback;
 mod life;
+mod limits;
+mod metrics;
+mod operators;
+mod tls;

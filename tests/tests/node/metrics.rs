@@ -1,0 +1,219 @@
+//! What scrapers and API readers see: Prometheus text, vLLM's names and buckets, and the API documents.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use model::info::Linear;
+use serde_json::{Value, json};
+use tests::operator::{agent, install, tenant};
+use tests::process::{NodeProcess, NodeSpec, scratch};
+use tests::tiny;
+
+/// Name with sorted labels → value.
+type Series = BTreeMap<String, f64>;
+
+/// Reads Prometheus text strictly: every sample belongs to a family announced before it, no series comes twice.
+fn parse(text: &str) -> (Series, BTreeMap<String, String>) {
+    let (mut series, mut types) = (Series::new(), BTreeMap::new());
+    for line in text.lines().filter(|line| !line.is_empty()) {
+        if let Some(announced) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = announced.split_once(' ').unwrap_or_else(|| panic!("{line}"));
+            assert!(["counter", "gauge", "histogram", "summary"].contains(&kind), "{line}");
+            assert!(types.insert(name.to_owned(), kind.to_owned()).is_none(), "announced twice: {line}");
+            continue;
+        }
+        if line.starts_with('#') {
+            assert!(line.starts_with("# HELP "), "{line}");
+            continue;
+        }
+        let (name, value) = line.rsplit_once(' ').unwrap_or_else(|| panic!("no value: {line}"));
+        let value: f64 = value.parse().unwrap_or_else(|_| panic!("no number: {line}"));
+        let (family, labels) =
+            name.split_once('{').map_or((name, ""), |(family, rest)| (family, rest.trim_end_matches('}')));
+        assert!(
+            family.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b':'),
+            "a name that Prometheus refuses: {line}"
+        );
+        let stem =
+            ["_bucket", "_sum", "_count"].iter().find_map(|suffix| family.strip_suffix(suffix)).unwrap_or(family);
+        assert!(types.contains_key(family) || types.contains_key(stem), "no type before {line}");
+        let labels: BTreeSet<&str> =
+            labels.split("\",").map(|label| label.trim_end_matches('"')).filter(|l| !l.is_empty()).collect();
+        let key = format!("{family}{labels:?}");
+        assert!(series.insert(key, value).is_none(), "a series comes twice: {line}");
+    }
+    (series, types)
+}
+
+fn value(series: &Series, family: &str, labels: &[(&str, &str)]) -> f64 {
+    let mut spelled: Vec<String> = labels.iter().map(|(name, value)| format!("{name}=\"{value}")).collect();
+    spelled.sort();
+    let key = format!("{family}{:?}", spelled.iter().map(String::as_str).collect::<BTreeSet<_>>());
+    *series.get(&key).unwrap_or_else(|| {
+        panic!("no {key} in {:#?}", series.keys().filter(|key| key.starts_with(family)).collect::<Vec<_>>())
+    })
+}
+
+/// Upper bounds of a histogram's buckets as text, and that they count upwards.
+fn buckets(text: &str, family: &str) -> Vec<f64> {
+    let mut bounds = Vec::new();
+    let mut before = 0.0;
+    let prefix = format!("{family}_bucket{{");
+    let first_labels = |line: &str| line.split(",le=").next().unwrap_or_default().to_owned();
+    let lines: Vec<&str> = text.lines().filter(|line| line.starts_with(&prefix)).collect();
+    let series = lines.first().map(|line| first_labels(line)).unwrap_or_else(|| panic!("no buckets of {family}"));
+    for line in lines.into_iter().filter(|line| first_labels(line) == series) {
+        let bound = line.split("le=\"").nth(1).and_then(|rest| rest.split('"').next()).expect("a bound");
+        let count: f64 = line.rsplit(' ').next().and_then(|count| count.parse().ok()).expect("a count");
+        assert!(count >= before, "buckets are cumulative: {line}");
+        before = count;
+        if bound != "+Inf" {
+            bounds.push(bound.parse().expect("a number"));
+        }
+    }
+    bounds
+}
+
+/// vLLM's buckets, copied from its documentation and not from our code.
+const VLLM_TTFT: [f64; 22] = [
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
+];
+const VLLM_TPOT: [f64; 19] =
+    [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0];
+const VLLM_REQUEST: [f64; 21] = [
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
+];
+
+#[test]
+fn counters_add_up_to_what_was_sent_under_the_names_dashboards_know() {
+    let folder = scratch("metrics");
+    let node = NodeProcess::start(&folder, &NodeSpec::tiny(&folder.join("model")));
+    let acme = tenant(&node, "acme", &json!({"tier": "premium"}));
+    let other = tenant(&node, "other", &json!({}));
+    let version = "acme-support-tiny-v1.0.0";
+    install(&node, version, &tiny::adapter(1, 4, &Linear::ALL));
+    let ask = |key: &str, model: &str, max_tokens: u32| {
+        let body = json!({"model": model, "prompt": [70, 71, 72, 73], "max_tokens": max_tokens, "ignore_eos": true, "temperature": 0});
+        node.post("/v1/completions", key, &body).status
+    };
+    assert_eq!([ask(&acme, "support", 5), ask(&acme, "support", 6), ask(&other, "tiny", 7)], [200, 200, 200]);
+    assert_eq!([ask(&acme, "nothing", 1), ask(&other, "support", 1), ask("tnt_wrong", "tiny", 1)], [404, 404, 401]);
+    // The records of the last answers follow by a moment.
+    let mut text = node.metrics();
+    for _ in 0..40 {
+        if text.contains("tenantry_requests_total{tenant=\"other\"") {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        text = node.metrics();
+    }
+    let (series, types) = parse(&text);
+
+    let base = [("model_name", "tiny"), ("engine", "0")];
+    assert_eq!(value(&series, "vllm:prompt_tokens_total", &base), 12.0);
+    assert_eq!(value(&series, "vllm:generation_tokens_total", &base), 18.0);
+    let length = [("model_name", "tiny"), ("engine", "0"), ("finished_reason", "length")];
+    assert_eq!(value(&series, "vllm:request_success_total", &length), 3.0);
+    for family in ["vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"] {
+        assert!(value(&series, family, &base) >= 0.0);
+        assert_eq!(types.get(family).map(String::as_str), Some("gauge"), "{family}");
+    }
+    for family in ["vllm:num_preemptions_total", "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"] {
+        assert!(value(&series, family, &base) >= 0.0);
+        assert_eq!(types.get(family).map(String::as_str), Some("counter"), "{family}");
+    }
+    for (family, bounds) in [
+        ("vllm:time_to_first_token_seconds", &VLLM_TTFT[..]),
+        ("vllm:time_per_output_token_seconds", &VLLM_TPOT[..]),
+        ("vllm:e2e_request_latency_seconds", &VLLM_REQUEST[..]),
+        ("vllm:request_queue_time_seconds", &VLLM_REQUEST[..]),
+        ("vllm:request_inference_time_seconds", &VLLM_REQUEST[..]),
+        ("tenantry_time_to_first_token_seconds", &VLLM_TTFT[..]),
+        ("tenantry_inter_token_seconds", &VLLM_TPOT[..]),
+    ] {
+        assert_eq!(buckets(&text, family), bounds, "{family}");
+    }
+    for family in ["vllm:time_to_first_token_seconds", "vllm:e2e_request_latency_seconds"] {
+        assert_eq!(value(&series, &format!("{family}_count"), &base), 3.0, "{family}");
+    }
+    assert_eq!(value(&series, "vllm:request_generation_tokens_sum", &base), 18.0);
+    assert_eq!(value(&series, "vllm:time_per_output_token_seconds_count", &base), 15.0, "gaps, not tokens");
+
+    let served =
+        [("tenant", "acme"), ("task", "support"), ("adapter", version), ("tier", "premium"), ("outcome", "finished")];
+    assert_eq!(value(&series, "tenantry_requests_total", &served), 2.0);
+    let by_base =
+        [("tenant", "other"), ("task", "_base"), ("adapter", "_base"), ("tier", "shared"), ("outcome", "finished")];
+    assert_eq!(value(&series, "tenantry_requests_total", &by_base), 1.0);
+    let tokens = |tenant, tier, kind| {
+        value(&series, "tenantry_tokens_total", &[("tenant", tenant), ("tier", tier), ("kind", kind)])
+    };
+    assert_eq!((tokens("acme", "premium", "prompt"), tokens("acme", "premium", "answer")), (8.0, 11.0));
+    assert_eq!((tokens("other", "shared", "prompt"), tokens("other", "shared", "answer")), (4.0, 7.0));
+    let refused = |tenant, tier, code| {
+        value(&series, "tenantry_rejections_total", &[("tenant", tenant), ("tier", tier), ("code", code)])
+    };
+    assert_eq!(refused("acme", "premium", "model_not_found"), 1.0);
+    assert_eq!(refused("other", "shared", "model_not_found"), 1.0);
+    assert_eq!(refused("_none", "_none", "invalid_api_key"), 1.0);
+    let first_token = [("tenant", "acme"), ("adapter", version), ("tier", "premium")];
+    assert_eq!(value(&series, "tenantry_time_to_first_token_seconds_count", &first_token), 2.0);
+}
+
+/// Paths of a document with their methods.
+fn operations(document: &Value) -> BTreeMap<String, BTreeSet<String>> {
+    let paths = document["paths"].as_object().expect("a document has paths");
+    let methods = |item: &Value| item.as_object().expect("an item").keys().cloned().collect();
+    paths.iter().map(|(path, item)| (path.clone(), methods(item))).collect()
+}
+
+/// Every path given to `.route(…)` in a source file of the node.
+fn routes(source: &str) -> BTreeSet<String> {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../node/src").join(source);
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    text.split(".route(\"").skip(1).map(|rest| rest.split('"').next().expect("a path").to_owned()).collect()
+}
+
+#[test]
+fn the_api_documents_name_every_route_and_every_route_behaves_as_documented() {
+    let folder = scratch("documents");
+    let node = NodeProcess::start(&folder, &NodeSpec::tiny(&folder.join("model")));
+    let key = tenant(&node, "acme", &json!({}));
+    let open = ["/healthz", "/livez", "/readyz", "/health", "/version", "/openapi.json"];
+    for (url, source, key) in [(node.url(), "gateway.rs", key), (node.admin_url(), "admin.rs", node.admin_key())] {
+        let agent = agent();
+        let call = |method: &str, path: &str, key: Option<&str>| {
+            let request =
+                ureq::http::Request::builder().method(method.to_uppercase().as_str()).uri(format!("{url}{path}"));
+            let request = request.header("content-type", "application/json");
+            let request =
+                key.into_iter().fold(request, |request, key| request.header("authorization", format!("Bearer {key}")));
+            let request = request.body("{}".to_owned()).expect("well formed");
+            let request = agent.configure_request(request).allow_non_standard_methods(true).build();
+            tests::process::read(agent.run(request).expect("the node answers"))
+        };
+        let document = call("get", "/openapi.json", None);
+        assert_eq!(document.status, 200);
+        assert!(
+            document.body["openapi"].as_str().is_some_and(|version| version.starts_with("3.")),
+            "{}",
+            document.text
+        );
+        let documented = operations(&document.body);
+        assert_eq!(documented.keys().cloned().collect::<BTreeSet<_>>(), routes(source), "{source}");
+        for (path, methods) in &documented {
+            let real =
+                path.replace("{tenant}", "nobody").replace("{name}", "nobody-x-tiny-v1.0.0").replace("{task}", "x");
+            let real = real.replace("{key}", "none").replace("{model}", "none");
+            for method in methods {
+                let without_key = call(method, &real, None).status;
+                let expected = if open.contains(&path.as_str()) { 200 } else { 401 };
+                assert_eq!(without_key, expected, "{method} {path} without a key");
+                let with_key = call(method, &real, Some(&key));
+                assert_ne!(with_key.status, 405, "{method} {path} exists");
+                assert_ne!(with_key.code(), "unknown_url", "{method} {path} exists");
+            }
+        }
+    }
+}
