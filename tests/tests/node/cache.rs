@@ -1,11 +1,12 @@
 //! Many more adapters than places in memory, under load; and what a hit and a miss cost.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use model::adapter::AdapterFiles;
 use model::info::Linear;
 use serde_json::{Value, json};
+use shared::clock::{Clock, SystemClock};
 use tests::operator::{GENEROUS, agent, base_status, install, post, tenant};
 use tests::process::{NodeProcess, NodeSpec, scratch};
 use tests::tiny::{self, AdapterSpec};
@@ -36,7 +37,7 @@ fn a_hundred_adapters_share_fifteen_places_without_errors_or_growth() {
         .collect();
     let served = AtomicU64::new(0);
     let running = AtomicBool::new(true);
-    let started = Instant::now();
+    let started = SystemClock.now();
     let resident: Vec<(Duration, u64)> = std::thread::scope(|scope| {
         for thread in 0..THREADS {
             let (node, keys, served, running) = (&node, &keys, &served, &running);
