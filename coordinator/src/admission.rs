@@ -127,6 +127,22 @@ impl Admission {
         Self::default()
     }
 
+    /// Refuses what can be refused before any work is spent on it. Takes nothing: [`Self::admit`] still decides.
+    ///
+    /// # Errors
+    /// 403 `tenant_suspended`, and 429 `rate_limit_exceeded` when not even an empty request could come in.
+    pub fn look(&mut self, contract: &TenantContract, now: Instant) -> Result<(), Refused> {
+        check_state(contract)?;
+        let buckets = self.buckets_of(contract, now);
+        match buckets.requests.wait_for(1) {
+            Some(wait) if wait > Duration::ZERO => {
+                let error = Box::new(rate_error(&contract.limits, false, wait));
+                Err(Refused { error, rate: Some(buckets.status(&contract.limits)) })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Decides on one request and, if it may come in, takes what it needs.
     ///
     /// # Errors
@@ -135,10 +151,7 @@ impl Admission {
     /// - 400 `tokens_per_minute_exceeded` when the request needs more tokens than a minute allows,
     /// - 429 `rate_limit_exceeded` with the exact time to wait.
     pub fn admit(&mut self, contract: &TenantContract, demand: Demand, now: Instant) -> Result<Admitted, Refused> {
-        if contract.state == TenantState::Suspended {
-            let message = "this tenant is suspended; hint: ask your operator";
-            return Err(RequestError::new(ErrorKind::Forbidden, "tenant_suspended", message).into());
-        }
+        check_state(contract)?;
         let limits = &contract.limits;
         check_size(limits, demand)?;
         let buckets = self.buckets_of(contract, now);
@@ -197,6 +210,14 @@ impl Admission {
         buckets.tokens.refill(tokens, now);
         buckets
     }
+}
+
+fn check_state(contract: &TenantContract) -> Result<(), RequestError> {
+    if contract.state != TenantState::Suspended {
+        return Ok(());
+    }
+    let message = "this tenant is suspended; hint: ask your operator";
+    Err(RequestError::new(ErrorKind::Forbidden, "tenant_suspended", message))
 }
 
 fn check_size(limits: &Limits, demand: Demand) -> Result<(), RequestError> {

@@ -164,7 +164,7 @@ impl EngineOptions {
             rows_max: engine.rows_per_step,
             kv_bytes: engine.kv_bytes,
             n_logits_max: engine.sequences,
-            poison_freed_pages: cfg!(debug_assertions),
+            poison_freed_pages: true,
         };
         let page_bytes = model::forward::kv_layout(&model.info).bytes_per_page().max(1);
         let n_pages = engine.kv_bytes / page_bytes;

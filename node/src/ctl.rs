@@ -284,11 +284,11 @@ fn tenant(client: &Client, command: &TenantCommand) -> anyhow::Result<()> {
                 tasks: tasks.clone(),
                 contract: contract.patch(),
             };
+            // Opened before the call: a key that cannot be written must not be made.
+            let key_file = key_out.as_deref().map(upload::create_private).transpose()?;
             let created: TenantCreated = client.send("POST", "/admin/v1/tenants", &body)?;
-            if let Some(path) = key_out {
-                upload::write_private(path, &created.key.key)?;
-            }
-            print(&created)
+            print(&created)?;
+            key_file.map_or(Ok(()), |file| upload::write_line(file, &created.key.key))
         }
         TenantCommand::Set { id, display_name, contact, expected_epoch, contract } => {
             let body = UpdateTenant {

@@ -19,6 +19,9 @@ use crate::metering::{Outcome, UsageRecord};
 /// Tenants that get a label value of their own: keeps the series count bounded, as llm-d's scheduler does.
 pub const TENANT_LABELS_MAX: usize = 1000;
 
+/// Label value of everyone past the cap.
+const OTHER: &str = "_other";
+
 /// vLLM's buckets for the time to the first token.
 const TTFT_S: &[f64] = &[
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
@@ -84,7 +87,10 @@ fn describe() {
         "tenantry_fallbacks_total",
         "Requests that the base answered in place of a missing adapter, by tenant and task."
     );
-    describe_counter!("tenantry_compute_seconds_total", "Engine time attributed to a tenant's rows.");
+    describe_counter!(
+        "tenantry_compute_microseconds_total",
+        "Engine time attributed to a tenant's rows, by tenant and tier."
+    );
     describe_histogram!(
         "tenantry_time_to_first_token_seconds",
         "Admission to first delivered token, by tenant, adapter and tier."
@@ -101,6 +107,10 @@ fn describe() {
     );
     describe_counter!("tenantry_connections_refused_total", "Connections closed at once because too many were open.");
     describe_counter!("tenantry_streams_cut_total", "Streams ended by the node, by reason.");
+    describe_counter!(
+        "tenantry_adapter_requests_total",
+        "Requests for an adapter, by tenant, tier and whether it was in engine memory when they arrived (cache: hit or miss)."
+    );
     describe_gauge!("tenantry_usage_backlog", "Usage records not yet on disk.");
     describe_gauge!("tenantry_registry_epoch", "Epoch of the registry this node serves from.");
     describe_gauge!("tenantry_engine_up", "1 while the base's engine thread runs.");
@@ -121,10 +131,6 @@ fn describe() {
     describe_counter!("vllm:num_preemptions_total", "Sequences that gave their pages up and were computed again.");
     describe_counter!("vllm:prefix_cache_queries_total", "Prompt tokens looked up in prefix caches.");
     describe_counter!("vllm:prefix_cache_hits_total", "Prompt tokens found in prefix caches.");
-    describe_gauge!(
-        "vllm:lora_requests_info",
-        "Seconds since the epoch; labels carry adapter slots and the adapters running and waiting."
-    );
 }
 
 /// The label value of a tenant: its id, or `_other` past the cap.
@@ -135,7 +141,7 @@ pub fn tenant_label(tenant: &TenantId) -> String {
         return tenant.to_string();
     }
     if seen.len() >= TENANT_LABELS_MAX {
-        return "_other".to_owned();
+        return OTHER.to_owned();
     }
     seen.insert(tenant.clone(), ());
     tenant.to_string()
@@ -161,7 +167,10 @@ pub fn token_gap(envelope: &Envelope, gap: Duration) {
 /// A request left the node; the record says how.
 pub fn request_ended(record: &UsageRecord) {
     let tenant = tenant_label(&record.tenant);
-    let adapter = record.adapter.as_ref().map_or_else(|| "_base".to_owned(), ToString::to_string);
+    // An adapter's and a task's name count towards their tenant's place among the labels.
+    let of_tenant = |name: String| if tenant == OTHER { OTHER.to_owned() } else { name };
+    let adapter = of_tenant(record.adapter.as_ref().map_or_else(|| "_base".to_owned(), ToString::to_string));
+    let task = of_tenant(task_label(record.task.as_ref()));
     let tier = record.tier.as_str();
     let base = record.base.to_string();
     let outcome = match record.outcome {
@@ -170,10 +179,9 @@ pub fn request_ended(record: &UsageRecord) {
         Outcome::Failed => "failed",
     };
     let delivered: u64 = record.delivered.iter().map(|&count| u64::from(count)).sum();
-    counter!("tenantry_requests_total", "tenant" => tenant.clone(), "task" => task_label(record.task.as_ref()), "adapter" => adapter.clone(), "tier" => tier, "outcome" => outcome).increment(1);
+    counter!("tenantry_requests_total", "tenant" => tenant.clone(), "task" => task.clone(), "adapter" => adapter.clone(), "tier" => tier, "outcome" => outcome).increment(1);
     if record.fell_back {
-        counter!("tenantry_fallbacks_total", "tenant" => tenant.clone(), "task" => task_label(record.task.as_ref()))
-            .increment(1);
+        counter!("tenantry_fallbacks_total", "tenant" => tenant.clone(), "task" => task.clone()).increment(1);
     }
     for (kind, tokens) in [
         ("prompt", u64::from(record.prompt_tokens)),
@@ -182,8 +190,8 @@ pub fn request_ended(record: &UsageRecord) {
     ] {
         counter!("tenantry_tokens_total", "tenant" => tenant.clone(), "tier" => tier, "kind" => kind).increment(tokens);
     }
-    gauge!("tenantry_compute_seconds_total", "tenant" => tenant.clone(), "tier" => tier)
-        .increment(record.compute_ms / 1e3);
+    counter!("tenantry_compute_microseconds_total", "tenant" => tenant.clone(), "tier" => tier)
+        .increment((record.compute_ms * 1e3) as u64);
     histogram!("tenantry_queue_wait_seconds", "tenant" => tenant.clone(), "tier" => tier)
         .record(record.queue_wait_ms / 1e3);
     histogram!("tenantry_request_seconds", "tenant" => tenant.clone(), "adapter" => adapter.clone(), "tier" => tier)
@@ -198,6 +206,11 @@ pub fn request_ended(record: &UsageRecord) {
         .record(record.prompt_tokens);
     histogram!("vllm:request_generation_tokens", "model_name" => base.clone(), "engine" => "0")
         .record(delivered as f64);
+    if let Some(hit) = record.adapter_hit {
+        let outcome = if hit { "hit" } else { "miss" };
+        counter!("tenantry_adapter_requests_total", "tenant" => tenant.clone(), "tier" => tier, "cache" => outcome)
+            .increment(1);
+    }
     counter!("vllm:prompt_tokens_total", "model_name" => base.clone(), "engine" => "0")
         .increment(u64::from(record.prompt_tokens));
     counter!("vllm:generation_tokens_total", "model_name" => base.clone(), "engine" => "0").increment(delivered);

@@ -346,7 +346,7 @@ impl Checker<'_> {
             host_bytes: self.range(&["adapters", "host_mib"], adapters.host_mib, 0, 4 << 20)? << 20,
             disk_bytes: (self.range(&["adapters", "disk_mib"], adapters.disk_mib, 1, 1 << 30)? as u64) << 20,
             rank_max: self.range(&["adapters", "rank_max"], adapters.rank_max, 1, 256)?,
-            file_bytes_max: self.range(&["adapters", "file_mib_max"], adapters.file_mib_max, 1, 4096)? << 20,
+            file_bytes_max: self.range(&["adapters", "file_mib_max"], adapters.file_mib_max, 1, 512)? << 20,
             loads_at_once: self.range(&["adapters", "loads_at_once"], adapters.loads_at_once, 1, 64)?,
         })
     }
@@ -364,16 +364,17 @@ impl Checker<'_> {
 
     fn limits(&self, tier: Tier, found: &file::TierTable) -> Result<Limits, ConfigError> {
         let name = tier.as_str();
-        let count = |key: &str, value: u32| {
-            self.range(&["tiers", name, key], value as usize, 1, u32::MAX as usize).map(|value| value as u32)
+        // The registry's own bounds: a default beyond them would let no tenant of the class be created.
+        let count = |key: &str, value: u32, min: usize, max: usize| {
+            self.range(&["tiers", name, key], value as usize, min, max).map(|value| value as u32)
         };
         Ok(Limits {
-            concurrency: count("concurrency", found.concurrency)?,
-            queue_depth: count("queue_depth", found.queue_depth)?,
-            deadline_ms: u64::from(count("deadline_s", found.deadline_s)?) * 1000,
-            requests_per_minute: count("requests_per_minute", found.requests_per_minute)?,
-            tokens_per_minute: count("tokens_per_minute", found.tokens_per_minute)?,
-            burst_requests: count("burst_requests", found.burst_requests)?,
+            concurrency: count("concurrency", found.concurrency, 1, 4096)?,
+            queue_depth: count("queue_depth", found.queue_depth, 0, 100_000)?,
+            deadline_ms: u64::from(count("deadline_s", found.deadline_s, 1, 24 * 3600)?) * 1000,
+            requests_per_minute: count("requests_per_minute", found.requests_per_minute, 1, 10_000_000)?,
+            tokens_per_minute: count("tokens_per_minute", found.tokens_per_minute, 1, u32::MAX as usize)?,
+            burst_requests: count("burst_requests", found.burst_requests, 1, 1_000_000)?,
         })
     }
 

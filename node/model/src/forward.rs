@@ -44,8 +44,8 @@ pub struct RuntimeOptions {
     /// Logits rows that are kept allocated. A step may ask for more: they are computed in chunks of this size,
     /// and the memory for the surplus is given back with the next step.
     pub n_logits_max: usize,
-    /// Fill pages with NaN at the start and when they are freed, in release builds too (debug builds always do
-    /// the latter): a read of someone else's keys then shows in the logits.
+    /// Fill pages with NaN when they are freed, in release builds too (debug builds always do, and at the start):
+    /// what a tenant leaves is cleared, and a read of someone else's keys shows in the logits.
     pub poison_freed_pages: bool,
 }
 
@@ -123,7 +123,8 @@ impl Runtime {
             return Err(RuntimeError::KvTooSmall { kv_bytes, page_bytes });
         }
         let mut kv = KvPool::new(layout, n_pages);
-        if poison_freed_pages {
+        // Pages that were never used hold zeros; filling them all would make the whole budget resident.
+        if poison_freed_pages && cfg!(debug_assertions) {
             (0..n_pages as u32).for_each(|page| kv.poison(page));
         }
         let positions_max = info.context.min(n_pages.saturating_mul(PAGE_TOKENS));

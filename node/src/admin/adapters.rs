@@ -63,7 +63,11 @@ async fn store(admin: &Admin, tenant: &str, name: &str, form: Multipart) -> Resu
         kind: kind_text.to_owned(),
         uploaded_at: record.uploaded_at_s,
     };
-    admin.app.registry().apply(Action::AddAdapterVersion { tenant, adapter: record }).await?;
+    let action = Action::AddAdapterVersion { tenant: tenant.clone(), adapter: record };
+    if let Err(error) = admin.app.registry().apply(action).await {
+        admin.app.delete_unless_used(&tenant, &stored.hash);
+        return Err(error.into());
+    }
     tracing::info!(adapter = %name, hash = %stored.hash.short(), bytes = stored.bytes, "adapter version stored");
     Ok(view)
 }
@@ -107,7 +111,7 @@ async fn read_files(mut form: Multipart) -> Result<AdapterFiles, RequestError> {
         if slot.is_some() {
             return Err(RequestError::new(ErrorKind::Invalid, "invalid_body", "a part of the form comes twice"));
         }
-        *slot = Some(field.bytes().await.map_err(|error| malformed(&error))?.to_vec());
+        *slot = Some(field.bytes().await.map_err(|error| malformed(&error))?.into());
     }
     match (config, weights, gguf) {
         (Some(config), Some(weights), None) => Ok(AdapterFiles::Peft { config, weights }),

@@ -9,7 +9,7 @@ use coordinator::auth::{KeyId, Scope};
 use coordinator::registry::command::{Action, Applied, Command, Event, TenantPatch, TenantSpec};
 use serde_json::Value;
 use shared::error::{ErrorKind, RequestError};
-use shared::id::{TaskName, TenantId};
+use shared::id::{BaseName, TaskName, TenantId};
 use shared::tenant::{Fallback, Tier};
 
 use super::api::{
@@ -101,13 +101,9 @@ async fn create_tenant(admin: &Admin, body: CreateTenant) -> Result<TenantCreate
     let CreateTenant { id, display_name, contact, tasks, contract } = body;
     let config = admin.app.config();
     let tier = contract.tier.unwrap_or(Tier::Shared);
-    let known = || config.bases.iter().map(|base| base.name.clone());
-    let bases = contract.bases.clone().unwrap_or_else(|| known().take(1).collect());
-    if let Some(unknown) = bases.iter().find(|base| !known().any(|known| known == **base)) {
-        let names: Vec<String> = known().map(|base| base.to_string()).collect();
-        let message = format!("this cluster has no base {unknown}; it has {}", names.join(", "));
-        return Err(RequestError::field("invalid_value", "contract.bases", message));
-    }
+    let default_base = || config.bases.iter().take(1).map(|base| base.name.clone()).collect();
+    let bases = contract.bases.clone().unwrap_or_else(default_base);
+    check_bases(admin, &bases)?;
     let spec = TenantSpec {
         display_name: display_name.unwrap_or_else(|| id.to_string()),
         contact,
@@ -132,10 +128,24 @@ async fn create_tenant(admin: &Admin, body: CreateTenant) -> Result<TenantCreate
     Ok(TenantCreated { tenant: view(admin, &id)?, key: NewKey { id: key_id, key: key.reveal().to_owned() } })
 }
 
+/// A base that the cluster does not serve would only be noticed by the tenant's first request.
+fn check_bases(admin: &Admin, bases: &[BaseName]) -> Result<(), RequestError> {
+    let served = &admin.app.config().bases;
+    match bases.iter().find(|base| !served.iter().any(|served| served.name == **base)) {
+        None => Ok(()),
+        Some(unknown) => {
+            let names: Vec<String> = served.iter().map(|base| base.name.to_string()).collect();
+            let message = format!("this cluster has no base {unknown}; it has {}", names.join(", "));
+            Err(RequestError::field("invalid_value", "contract.bases", message))
+        }
+    }
+}
+
 async fn update_tenant(admin: &Admin, tenant: &str, body: UpdateTenant) -> Result<TenantView, RequestError> {
     let tenant: TenantId = parse("tenant", tenant)?;
     let UpdateTenant { display_name, contact, expected_epoch, contract } = body;
     let present = view(admin, &tenant)?;
+    check_bases(admin, contract.bases.as_deref().unwrap_or_default())?;
     let patch = TenantPatch {
         display_name,
         contact: contact.map(|text| non_empty(Some(text))),

@@ -12,6 +12,7 @@ use scheduler::vocab::Vocabulary;
 use shared::error::{ErrorKind, RequestError};
 use shared::id::TenantId;
 use shared::request::{Generation, Sampling};
+use tokio::sync::Semaphore;
 
 use crate::base_room::BaseRoom;
 use crate::gateway::backend::{Input, Piece, Prepared, TokenText};
@@ -25,21 +26,34 @@ pub(super) struct Encoded {
     pub(super) grammar: Option<CompiledGrammar>,
 }
 
+impl Encoded {
+    /// Shortens an answer whose length the client left open to what a minute of the tenant's tokens allows.
+    pub(super) fn clamp_answer(&mut self, tokens_per_minute: u32) {
+        let prompt = u32::try_from(self.generation.prompt.len()).unwrap_or(u32::MAX);
+        let each = tokens_per_minute.saturating_sub(prompt) / self.generation.n.max(1);
+        self.generation.max_tokens = self.generation.max_tokens.min(each.max(1));
+        self.generation.min_tokens = self.generation.min_tokens.min(self.generation.max_tokens);
+    }
+}
+
 /// Encodes and checks a request against the base it will run on.
 pub(super) async fn encode(
     room: &Arc<BaseRoom>,
     tenant: &TenantId,
-    request: &Prepared,
+    request: &mut Prepared,
+    places: &Semaphore,
 ) -> Result<Encoded, RequestError> {
     let prompt = if input_bytes(&request.input) > INLINE_BYTES_MAX {
-        let (room, input) = (Arc::clone(room), request.input.clone());
+        let _place = places.acquire().await.map_err(|_| RequestError::internal())?;
+        let input = std::mem::replace(&mut request.input, Input::Tokens(Vec::new()));
+        let room = Arc::clone(room);
         tokio::task::spawn_blocking(move || tokens(&room, &input)).await.map_err(|_| RequestError::internal())??
     } else {
         tokens(room, &request.input)?
     };
     let max_tokens = fit(room, &prompt, request)?;
     check_vocabulary(room, &prompt, request)?;
-    let grammar = compile(room, tenant, request).await?;
+    let grammar = compile(room, tenant, request, places).await?;
     let seed = request.seed.unwrap_or_else(|| seed_of(request));
     let generation = Generation {
         prompt: prompt.into(),
@@ -65,7 +79,10 @@ fn seed_of(request: &Prepared) -> u64 {
 
 fn input_bytes(input: &Input) -> usize {
     match input {
-        Input::Chat(chat) => chat.messages.iter().map(|message| message["content"].as_str().map_or(64, str::len)).sum(),
+        Input::Chat(chat) => {
+            let texts = chat.messages.iter().chain(&chat.tools).map(|value| value.to_string().len());
+            texts.chain(chat.template_kwargs.values().map(|value| value.to_string().len())).sum()
+        }
         Input::Text { text, .. } => text.len(),
         Input::Tokens(_) => 0,
     }
@@ -138,8 +155,10 @@ async fn compile(
     room: &Arc<BaseRoom>,
     tenant: &TenantId,
     request: &Prepared,
+    places: &Semaphore,
 ) -> Result<Option<CompiledGrammar>, RequestError> {
     let Some(grammar) = request.grammar.clone() else { return Ok(None) };
+    let _place = places.acquire().await.map_err(|_| RequestError::internal())?;
     let (room, tenant) = (Arc::clone(room), tenant.clone());
     let compiled = tokio::task::spawn_blocking(move || room.grammars.compile(&tenant, &grammar)).await;
     match compiled {

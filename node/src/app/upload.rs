@@ -30,11 +30,7 @@ pub fn adapter_limits(config: &ClusterConfig, base: &BaseName) -> AdapterLimits 
     names.extend(found.iter().flat_map(|found| found.aliases.iter().cloned()));
     // A base without declared aliases goes by shapes alone: its own short name is rarely what trainers write.
     let accepted_base_names = if names.len() > 1 { names } else { Vec::new() };
-    AdapterLimits {
-        rank_max: config.adapters.rank_max,
-        bytes_max: config.adapters.file_bytes_max,
-        accepted_base_names,
-    }
+    AdapterLimits { rank_max: config.adapters.rank_max, bytes_max: config.adapters.file_bytes_max, accepted_base_names }
 }
 
 impl App {

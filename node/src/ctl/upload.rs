@@ -63,13 +63,17 @@ fn boundary_for(parts: &[(&'static str, Vec<u8>)]) -> String {
     format!("tenantry-{}", hasher.finalize().to_hex())
 }
 
-/// Writes a new file that only its owner can read.
-pub(super) fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
-    let mut file = fs::OpenOptions::new()
+/// A new, empty file that only its owner can read.
+pub(super) fn create_private(path: &Path) -> anyhow::Result<fs::File> {
+    fs::OpenOptions::new()
         .write(true)
         .create_new(true)
         .mode(0o600)
         .open(path)
-        .with_context(|| format!("create the key file {}", path.display()))?;
-    writeln!(file, "{text}").with_context(|| format!("write the key file {}", path.display()))
+        .with_context(|| format!("create the key file {}", path.display()))
+}
+
+/// Writes one line.
+pub(super) fn write_line(mut file: fs::File, text: &str) -> anyhow::Result<()> {
+    writeln!(file, "{text}").context("write the key file")
 }

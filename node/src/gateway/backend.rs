@@ -25,7 +25,7 @@ pub trait Backend: Send + Sync + 'static {
     /// Who holds this key. Compares in constant time.
     ///
     /// # Errors
-    /// `Unauthenticated` for an unknown or revoked key, `Forbidden` for a suspended tenant.
+    /// `Unauthenticated` for an unknown, expired or revoked key. A suspended tenant authenticates; `submit` refuses it.
     fn authenticate(&self, bearer: &str) -> Result<Self::Who, RequestError>;
 
     /// The caller's tenant.
