@@ -77,19 +77,12 @@ impl Planner {
     /// is what rows have taken so far. Empty only if nothing can run.
     pub fn plan(&mut self, sequences: &mut [Sequence], pool: &mut BlockPool, cost: &CostModel) -> StepPlan {
         self.n_steps += 1;
-        readmit(sequences, pool);
+        let n_preempted = readmit(sequences, pool);
         let runnable =
             Tier::ALL.map(|tier| sequences.iter().any(|sequence| sequence.tier == tier && is_ready(sequence)));
         let budget = self.ledger.open(runnable, *cost);
-        let mut draft = Draft {
-            sequences,
-            pool,
-            step: self.n_steps,
-            budget,
-            config: self.config,
-            runs: Vec::new(),
-            n_preempted: 0,
-        };
+        let mut draft =
+            Draft { sequences, pool, step: self.n_steps, budget, config: self.config, runs: Vec::new(), n_preempted };
         draft.fill();
         if draft.runs.is_empty() && runnable.contains(&true) {
             // A reserve must not stop the engine when its own class cannot run.
@@ -114,15 +107,35 @@ fn is_ready(sequence: &Sequence) -> bool {
 }
 
 /// Lets preempted sequences back, oldest first, when there is room for all their tokens: less would soon cost
-/// them their pages again.
-fn readmit(sequences: &mut [Sequence], pool: &mut BlockPool) {
-    let waiting = |sequence: &&mut Sequence| sequence.phase() == Phase::Waiting && !sequence.held && !sequence.parked;
-    for sequence in sequences.iter_mut().filter(waiting) {
-        if (pool.available(&sequence.tenant) as usize) < sequence.n_pages_missing() {
+/// them their pages again. The oldest may have the pages of parked ones, youngest first. Returns how many lost theirs.
+fn readmit(sequences: &mut [Sequence], pool: &mut BlockPool) -> usize {
+    let is_waiting = |sequence: &Sequence| sequence.phase() == Phase::Waiting && !sequence.held && !sequence.parked;
+    let waiting: Vec<usize> = (0..sequences.len()).filter(|&at| is_waiting(&sequences[at])).collect();
+    let fits =
+        |sequence: &Sequence, pool: &BlockPool| pool.available(&sequence.tenant) as usize >= sequence.n_pages_missing();
+    let mut n_preempted = 0;
+    if let Some(&oldest) = waiting.first() {
+        for at in (0..sequences.len()).rev() {
+            if fits(&sequences[oldest], pool) {
+                break;
+            }
+            if sequences[at].parked && holds_pages(&sequences[at]) {
+                sequences[at].preempt(pool);
+                n_preempted += 1;
+            }
+        }
+    }
+    for at in waiting {
+        if !fits(&sequences[at], pool) {
             break;
         }
-        sequence.enter(pool);
+        sequences[at].enter(pool);
     }
+    n_preempted
+}
+
+fn holds_pages(sequence: &Sequence) -> bool {
+    matches!(sequence.phase(), Phase::Prefill | Phase::Decode) && !sequence.pages().is_empty()
 }
 
 /// A step in the making.
@@ -220,9 +233,7 @@ impl Draft<'_> {
     /// Whose pages `at` may have: a parked sequence's, else the youngest that is younger; never a planned one's.
     fn victim(&self, at: usize) -> Option<usize> {
         let free_to_go = |other: &usize| {
-            let sequence = &self.sequences[*other];
-            let holds = matches!(sequence.phase(), Phase::Prefill | Phase::Decode) && !sequence.pages().is_empty();
-            holds && *other != at && self.runs.iter().all(|run| run.at != *other)
+            holds_pages(&self.sequences[*other]) && *other != at && self.runs.iter().all(|run| run.at != *other)
         };
         let candidates = || (0..self.sequences.len()).rev().filter(free_to_go);
         candidates().find(|&other| self.sequences[other].parked).or_else(|| candidates().find(|&other| other > at))

@@ -145,18 +145,21 @@ impl Batch {
         }
     }
 
-    /// What may be pulled: nothing while preempted sequences wait, for they came first.
+    /// What may be pulled: nothing while preempted sequences wait, for they came first. Those whose readers are slow
+    /// could not come back anyway, so they hold up nobody.
     /// An empty engine takes anything: what does not fit even then is refused with a reason instead of waiting forever.
     pub(super) fn room(&self) -> Option<Room> {
         if self.requests.is_empty() {
             return Some(Room { sequences: u32::MAX, kv_tokens: u32::MAX });
         }
-        if self.sequences.iter().any(|sequence| sequence.phase() == Phase::Waiting && !sequence.held) {
+        let is_preempted = |sequence: &Sequence| sequence.phase() == Phase::Waiting && !sequence.held;
+        if self.sequences.iter().any(|sequence| is_preempted(sequence) && !sequence.parked) {
             return None;
         }
         let sequences = self.config.sequences_max.saturating_sub(self.sequences.len());
         // Pages that running sequences will need for what they have, and one more for each to grow into.
-        let promised: usize = self.sequences.iter().map(|sequence| sequence.n_pages_missing() + 1).sum();
+        let running = self.sequences.iter().filter(|sequence| !is_preempted(sequence));
+        let promised: usize = running.map(|sequence| sequence.n_pages_missing() + 1).sum();
         let pages = (self.pool.available_to_any() as usize).saturating_sub(promised);
         let bounded = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         let room = Room { sequences: bounded(sequences), kv_tokens: bounded(pages * self.shape.page_tokens) };

@@ -176,6 +176,36 @@ fn a_slow_reader_is_parked_then_failed_while_others_go_on() {
 }
 
 #[test]
+fn a_preempted_request_with_a_slow_reader_holds_up_no_newcomer() {
+    let mut bench = Bench::new(Shape { n_pages: 10, prefix_cache: false, ..Shape::default() });
+    let job = |tenant, n_prompt, max_tokens, capacity| {
+        let generation = Generation { max_tokens, ..generation(&vec![1; n_prompt]) };
+        Job { tenant, capacity, generation, ..Job::default() }
+    };
+    let slow = job(0, 12, 20, 4);
+    let mut slow_reader = bench.submit(&slow);
+    (0..10).for_each(|_| drop(bench.step()));
+    let mut reader = bench.submit(&job(1, 16, 20, 4096));
+    while bench.engine.stats().snapshot().sequences_preempted == 0 {
+        assert!(bench.step() > 0, "the second request needs the first one's pages");
+    }
+    reader.cancel.cancel();
+    let newcomer = job(2, 3, 5, 4096);
+    let mut newcomers_reader = bench.submit(&newcomer);
+    (0..20).for_each(|_| drop(bench.step()));
+    assert_eq!(bench.engine.stats().snapshot().requests_parked, 1);
+    newcomers_reader.drain();
+    assert_eq!(newcomers_reader.answers(), reference(&newcomer, &bench.shape));
+    reader.drain();
+    for _ in 0..200 {
+        slow_reader.drain();
+        bench.step();
+    }
+    slow_reader.drain();
+    assert_eq!(slow_reader.answers(), reference(&slow, &bench.shape), "it comes back once its reader does");
+}
+
+#[test]
 fn a_prompt_that_cannot_fit_is_refused_with_a_reason() {
     let mut bench = bench();
     for (prompt, code) in

@@ -132,6 +132,22 @@ fn a_parked_sequence_has_no_rows_and_yields_its_pages_to_anyone() {
 }
 
 #[test]
+fn the_oldest_waiting_sequence_comes_back_on_a_parked_ones_pages() {
+    let mut pool = pool(4);
+    let mut planner = Planner::new(config(ClassReserve::NONE));
+    let cost = CostModel::default();
+    let mut sequences =
+        vec![sequence(1, Tier::Shared, 8, None, &mut pool), sequence(2, Tier::Shared, 8, None, &mut pool)];
+    let plan = planner.plan(&mut sequences, &mut pool, &cost);
+    run(&plan, &mut sequences, &mut pool);
+    sequences[0].preempt(&mut pool);
+    sequences[1].parked = true;
+    let plan = planner.plan(&mut sequences, &mut pool, &cost);
+    assert_eq!((rows(&plan), plan.n_preempted), (vec![(0, 9)], 1));
+    assert_eq!(sequences[1].phase(), Phase::Waiting);
+}
+
+#[test]
 fn prompts_with_logits_are_computed_in_smaller_chunks() {
     let mut pool = pool(100);
     let mut planner = Planner::new(config(ClassReserve::NONE));
