@@ -74,7 +74,8 @@ pub enum TokenEvent {
         choice: u32,
         /// Why.
         reason: FinishReason,
-        /// Time the request's sequences spent inside forward steps, attributed by rows.
+        /// Time all the request's sequences spent inside forward steps, attributed by rows, since the last choice
+        /// ended: the sum over choices is the request's.
         compute: Duration,
     },
     /// The request as a whole failed; nothing follows.

@@ -37,7 +37,7 @@ pub(super) struct Request {
     pub(super) ends: Vec<u32>,
     /// Log-probabilities of the prompt tokens computed so far.
     pub(super) prompt_logprobs: Vec<PositionLogprobs>,
-    /// Time its rows took, all choices together.
+    /// Time its rows took since the last choice ended, all choices together.
     pub(super) compute: Duration,
     outbox: VecDeque<TokenEvent>,
     n_open: u32,
@@ -90,7 +90,8 @@ impl Request {
     pub(super) fn finish(&mut self, choice: u32, reason: FinishReason) {
         assert!(self.n_open > 0, "a choice ends once");
         self.n_open -= 1;
-        self.emit(TokenEvent::Finished { choice, reason, compute: self.compute });
+        let compute = std::mem::take(&mut self.compute);
+        self.emit(TokenEvent::Finished { choice, reason, compute });
     }
 
     /// Sends what fits into the channel; notes since when something did not.

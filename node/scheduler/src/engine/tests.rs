@@ -83,6 +83,29 @@ fn further_choices_compute_the_prompt_once() {
 }
 
 #[test]
+fn the_compute_of_all_choices_adds_up_to_the_time_of_the_steps() {
+    let mut bench = bench();
+    let sampling = Sampling { temperature: 1.0, seed: 3, ..Sampling::default() };
+    let generation = Generation {
+        n: 8,
+        sampling,
+        max_tokens: 20,
+        stop: vec!["A".to_owned(), "Q".to_owned()],
+        ..generation(&[7; 18])
+    };
+    let mut receiver = bench.submit(&Job { generation, ..Job::default() });
+    bench.run_until_idle();
+    let compute = |event: &TokenEvent| {
+        if let TokenEvent::Finished { compute, .. } = event { Some(*compute) } else { None }
+    };
+    let computes: Vec<Duration> = receiver.drain().iter().filter_map(compute).collect();
+    let total = bench.engine.stats().snapshot().forward_ns as f64;
+    assert_eq!(computes.len(), 8);
+    let sum = computes.iter().sum::<Duration>().as_nanos() as f64;
+    assert!((sum / total - 1.0).abs() < 1e-3, "{computes:?} of {total} ns");
+}
+
+#[test]
 fn prompt_logprobs_cover_all_but_the_first_token_and_skip_the_cache() {
     let mut bench = bench();
     let plain = Job { generation: generation(&[9; 14]), ..Job::default() };
@@ -184,7 +207,9 @@ fn a_preempted_request_with_a_slow_reader_holds_up_no_newcomer() {
     };
     let slow = job(0, 12, 20, 4);
     let mut slow_reader = bench.submit(&slow);
-    (0..10).for_each(|_| drop(bench.step()));
+    for _ in 0..10 {
+        bench.step();
+    }
     let mut reader = bench.submit(&job(1, 16, 20, 4096));
     while bench.engine.stats().snapshot().sequences_preempted == 0 {
         assert!(bench.step() > 0, "the second request needs the first one's pages");
@@ -192,7 +217,9 @@ fn a_preempted_request_with_a_slow_reader_holds_up_no_newcomer() {
     reader.cancel.cancel();
     let newcomer = job(2, 3, 5, 4096);
     let mut newcomers_reader = bench.submit(&newcomer);
-    (0..20).for_each(|_| drop(bench.step()));
+    for _ in 0..20 {
+        bench.step();
+    }
     assert_eq!(bench.engine.stats().snapshot().requests_parked, 1);
     newcomers_reader.drain();
     assert_eq!(newcomers_reader.answers(), reference(&newcomer, &bench.shape));
