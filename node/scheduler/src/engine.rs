@@ -136,7 +136,8 @@ impl<F: Forward, S: WorkSource> Engine<F, S> {
         self.batch.is_empty()
     }
 
-    /// Steps until the source closes and everything is done, or a step panics. Never panics itself.
+    /// Steps until the source closes and everything is done, or a step panics. Failing what was left may panic
+    /// again, for the first panic may have left anything behind: the end is told all the same.
     pub fn run(mut self) -> EngineEnd {
         loop {
             match catch_unwind(AssertUnwindSafe(|| self.step())) {
@@ -146,7 +147,12 @@ impl<F: Forward, S: WorkSource> Engine<F, S> {
                 Err(panic) => {
                     let message = panic_message(panic.as_ref());
                     tracing::error!(%message, "an engine step panicked; all its requests fail");
-                    self.fail_all();
+                    for last_duty in [|engine: &mut Self| engine.batch.fail_everything(), Self::report] {
+                        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| last_duty(&mut self))) {
+                            let message = panic_message(panic.as_ref());
+                            tracing::error!(%message, "an engine that panicked panicked again at its end");
+                        }
+                    }
                     return EngineEnd::Panicked(message);
                 }
             }

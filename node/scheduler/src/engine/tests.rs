@@ -271,6 +271,17 @@ fn a_panic_in_the_forward_pass_fails_every_request_and_ends_the_engine() {
 }
 
 #[test]
+fn a_second_panic_while_failing_requests_is_no_other_end() {
+    let mut bench = bench();
+    bench.panic_at_step(3);
+    bench.source().panic_when_left = true;
+    let long = Generation { max_tokens: 100, ..generation(&[1]) };
+    let mut receiver = bench.submit(&Job { generation: long, ..Job::default() });
+    assert_eq!(bench.engine.run(), EngineEnd::Panicked("the stub was told to".to_owned()));
+    assert!(matches!(receiver.drain().last(), Some(TokenEvent::Failed(error)) if error.code == "internal_error"));
+}
+
+#[test]
 fn a_closed_engine_finishes_what_it_has() {
     let mut bench = bench();
     let job = Job { generation: Generation { max_tokens: 9, ..generation(&[1, 2]) }, ..Job::default() };

@@ -207,6 +207,7 @@ pub(super) struct StubSource {
     pub(super) left: Vec<RequestId>,
     pub(super) charges: Vec<Charge>,
     pub(super) closed: bool,
+    pub(super) panic_when_left: bool,
     honest: bool,
 }
 
@@ -234,7 +235,11 @@ impl WorkSource for SharedSource {
     }
 
     fn left(&mut self, id: RequestId) {
-        self.0.lock().expect("not poisoned").left.push(id);
+        let mut source = self.0.lock().expect("not poisoned");
+        source.left.push(id);
+        if source.panic_when_left {
+            std::panic::resume_unwind(Box::new("the source broke, too"));
+        }
     }
 
     fn park(&mut self, _: Duration) {}
