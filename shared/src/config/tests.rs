@@ -73,6 +73,8 @@ fn mistakes_are_refused_with_line_and_hint() {
         ("http = \"127.0.0.1:8080\"", "http = \"127.0.0.1\"", "invalid socket address"),
         ("http = \"127.0.0.1:8080\"", "http = \"127.0.0.1:8081\"", "is used twice"),
         ("http = \"127.0.0.1:8080\"", "http = \"0.0.0.0:8080\"", "without TLS"),
+        ("requests_per_minute = 600", "requests_per_minute = 10000001", "requests_per_minute is 10000001"),
+        ("concurrency = 8", "concurrency = 5000", "concurrency is 5000"),
         ("[queue]", "[queues]", "unknown field"),
         ("[engine]", "[engine", "unclosed table"),
     ];

@@ -202,6 +202,9 @@ fn a_tenants_key_opens_no_admin_route_and_the_admin_key_no_client_route() {
     for (path, methods) in document["paths"].as_object().expect("paths") {
         let path = path.replace("{tenant}", "thief").replace("{name}", "thief-own-tiny-v1.0.0");
         let path = path.replace("{task}", "own").replace("{key}", &scene.victim_key_id);
+        if ["/healthz", "/readyz", "/openapi.json"].contains(&path.as_str()) {
+            continue;
+        }
         for method in methods.as_object().expect("methods").keys() {
             for key in [None, Some(scene.thief.as_str()), Some(scene.victim.as_str()), Some("tnt_admin_x"), Some("")] {
                 let url = format!("{}{path}", scene.node.admin_url());
