@@ -13,6 +13,10 @@ use std::collections::{BTreeMap, HashMap};
 use shared::hash::ContentHash;
 use shared::id::TenantId;
 
+/// A tenant's floor lapses once this many times the pool's pages were allocated since its cache was last used: whoever
+/// went away does not keep pages from those who stayed. Allocations are the pool's only clock.
+const FLOOR_LAPSE_ROUNDS: u64 = 4;
+
 /// Names the contents of a full page: everything that decides its keys and values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PageKey([u8; 32]);
@@ -48,8 +52,9 @@ pub struct PoolConfig {
     pub n_pages: u32,
     /// Most unreferenced pages that one tenant's cache keeps; 0 turns the prefix cache off.
     pub tenant_quota_pages: u32,
-    /// Unreferenced pages of a tenant that other tenants' needs never evict. Lowered when the floors of all
-    /// tenants together would leave less than `sequence_pages_max`.
+    /// Unreferenced pages of a tenant that other tenants' needs never evict, as long as its cache is in use (four
+    /// times `n_pages` allocations without a hit or a page added end that). Lowered when the floors of all tenants
+    /// together would leave less than `sequence_pages_max`.
     pub tenant_floor_pages: u32,
     /// Pages of the longest sequence: always obtainable when nothing else runs.
     pub sequence_pages_max: u32,
@@ -82,6 +87,8 @@ struct TenantPages {
     index: HashMap<PageKey, u32>,
     /// Cached pages, least recently released first.
     idle: BTreeMap<u64, u32>,
+    /// The pool's allocations when a page was last found here or came to be cached.
+    used_at: u64,
 }
 
 /// The pages of one engine.
@@ -94,6 +101,7 @@ pub struct BlockPool {
     n_used: u32,
     n_cached: u32,
     stamps: u64,
+    n_allocated: u64,
     freed: Vec<u32>,
 }
 
@@ -109,16 +117,20 @@ impl BlockPool {
             n_used: 0,
             n_cached: 0,
             stamps: 0,
+            n_allocated: 0,
             freed: Vec::new(),
         }
     }
 
     /// The longest run of `keys` that the tenant has pages for, in order. The caller holds each of them.
     pub fn lookup(&mut self, tenant: &TenantId, keys: &[PageKey]) -> Vec<u32> {
-        let Some(owned) = self.tenants.get(tenant) else {
+        let Some(owned) = self.tenants.get_mut(tenant) else {
             return Vec::new();
         };
         let found: Vec<u32> = keys.iter().map_while(|key| owned.index.get(key).copied()).collect();
+        if !found.is_empty() {
+            owned.used_at = self.n_allocated;
+        }
         for &page in &found {
             assert_eq!(self.pages[page as usize].tenant.as_ref(), Some(tenant), "a page is indexed by its tenant only");
             self.share(page);
@@ -141,6 +153,7 @@ impl BlockPool {
         slot.refs = 1;
         slot.tenant = Some(tenant.clone());
         self.n_used += 1;
+        self.n_allocated += 1;
         Some(page)
     }
 
@@ -191,6 +204,7 @@ impl BlockPool {
         let tenant = slot.tenant.clone().expect("a held page has an owner");
         let owned = self.tenants.get_mut(&tenant).expect("a published page's tenant has a cache");
         owned.idle.insert(self.stamps, page);
+        owned.used_at = self.n_allocated;
         self.n_cached += 1;
         if owned.idle.len() > self.config.tenant_quota_pages as usize {
             let (_, &oldest) = owned.idle.first_key_value().expect("just inserted");
@@ -217,14 +231,15 @@ impl BlockPool {
 
     /// Pages the tenant could allocate now without preempting anyone.
     pub fn available(&self, tenant: &TenantId) -> u32 {
-        let own = self.tenants.get(tenant).map_or(0, |owned| owned.idle.len() as u32);
-        self.available_to_any() + own.min(self.floor())
+        let own = self.tenants.get(tenant);
+        self.available_to_any()
+            + own.map_or(0, |owned| (owned.idle.len() as u32).min(self.floor_of(owned, self.floor())))
     }
 
     /// Pages that any tenant could allocate now without preempting anyone.
     pub fn available_to_any(&self) -> u32 {
         let floor = self.floor();
-        let spare = |owned: &TenantPages| (owned.idle.len() as u32).saturating_sub(floor);
+        let spare = |owned: &TenantPages| (owned.idle.len() as u32).saturating_sub(self.floor_of(owned, floor));
         self.free.len() as u32 + self.tenants.values().map(spare).sum::<u32>()
     }
 
@@ -269,7 +284,14 @@ impl BlockPool {
         }
     }
 
-    /// A tenant's protected pages: the configured floor, or less so that the longest sequence still fits.
+    /// A tenant's protected pages: `floor`, or none once it has lapsed.
+    fn floor_of(&self, owned: &TenantPages, floor: u32) -> u32 {
+        let lapse = FLOOR_LAPSE_ROUNDS * u64::from(self.config.n_pages);
+        if self.n_allocated - owned.used_at > lapse { 0 } else { floor }
+    }
+
+    /// The configured floor, or less so that the longest sequence still fits. Tenants whose floors have lapsed count
+    /// while they have pages: no floor rises because another one lapsed.
     fn floor(&self) -> u32 {
         let caching = self.tenants.values().filter(|owned| !owned.idle.is_empty()).count() as u32;
         let protectable = self.config.n_pages.saturating_sub(self.config.sequence_pages_max);
@@ -278,8 +300,9 @@ impl BlockPool {
 
     /// The least recently released cached page that `tenant` may take: its own, or one above its owner's floor.
     fn victim(&self, tenant: &TenantId) -> Option<u32> {
-        let floor = self.floor() as usize;
-        let allowed = self.tenants.iter().filter(|&(owner, owned)| owner == tenant || owned.idle.len() > floor);
+        let floor = self.floor();
+        let above_floor = |owned: &TenantPages| owned.idle.len() > self.floor_of(owned, floor) as usize;
+        let allowed = self.tenants.iter().filter(|&(owner, owned)| owner == tenant || above_floor(owned));
         allowed.filter_map(|(_, owned)| owned.idle.first_key_value()).min().map(|(_, &page)| page)
     }
 
@@ -397,6 +420,27 @@ mod tests {
         assert!(pool.lookup(&tenant("a"), &[key(1, &[0])]).is_empty(), "the oldest went");
         assert_eq!(pool.lookup(&tenant("a"), &[key(1, &[1])]).len(), 1);
         assert_eq!(pool.lookup(&tenant("a"), &[key(1, &[2])]).len(), 1);
+    }
+
+    #[test]
+    fn the_floor_of_an_unused_cache_lapses_and_use_renews_it() {
+        let mut pool = pool(6, 6, 2);
+        let (idle, busy, needy) = (tenant("a"), tenant("b"), tenant("c"));
+        for token in 0..2 {
+            cache(&mut pool, &idle, key(1, &[token]));
+            cache(&mut pool, &busy, key(2, &[token]));
+        }
+        for _ in 0..30 {
+            let page = pool.allocate(&needy).expect("two are free");
+            pool.release(page);
+            pool.lookup(&busy, &[key(2, &[0])]).into_iter().for_each(|page| pool.release(page));
+        }
+        assert_eq!(pool.available(&needy), 4, "two free, two of the unused cache");
+        let held: Vec<u32> = std::iter::from_fn(|| pool.allocate(&needy)).collect();
+        assert_eq!(held.len(), 4);
+        assert!(pool.lookup(&idle, &[key(1, &[0])]).is_empty() && pool.lookup(&idle, &[key(1, &[1])]).is_empty());
+        assert_eq!(pool.lookup(&busy, &[key(2, &[0]), key(2, &[1])]).len(), 2, "in use, so protected");
+        pool.assert_consistent();
     }
 
     #[test]
