@@ -164,6 +164,7 @@ impl<F: Forward, S: WorkSource> Engine<F, S> {
         let now = self.clock.now();
         // 1. Let go of what nobody wants, take in what fits.
         self.batch.sweep(now);
+        self.source.forgotten().iter().for_each(|tenant| self.batch.pool.forget(tenant));
         while let Some(room) = self.batch.room().filter(|_| !self.source.closed()) {
             let Some(work) = self.source.pull(now, room) else {
                 break;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use adapters::lease::Lease;
-use shared::id::{RequestId, Route};
+use shared::id::{RequestId, Route, TenantId};
 use shared::request::Envelope;
 use shared::tenant::Tier;
 use shared::token::TokenEvent;
@@ -76,6 +76,12 @@ pub trait WorkSource: Send {
 
     /// A request left the engine (finished, cancelled or failed).
     fn left(&mut self, id: RequestId);
+
+    /// Tenants whose cached pages must go (erasure, a new cache secret) since the last call; asked in every step.
+    /// Named after their last requests have left: what still runs may fill the cache again.
+    fn forgotten(&mut self) -> Vec<TenantId> {
+        Vec::new()
+    }
 
     /// Waits until work may have arrived, at most `timeout`; returns early when it has.
     fn park(&mut self, timeout: Duration);

@@ -56,6 +56,24 @@ fn a_repeated_prompt_comes_from_the_tenants_own_cache_only() {
 }
 
 #[test]
+fn a_forgotten_tenants_pages_are_gone_within_a_step() {
+    let mut bench = bench();
+    let job = |tenant| Job { tenant, generation: generation(&[5; 13]), ..Job::default() };
+    let (mut erased, mut other) = (bench.submit(&job(0)), bench.submit(&job(1)));
+    bench.run_until_idle();
+    drop((erased.drain(), other.drain()));
+    bench.source().forgotten.push("tenant0".parse().expect("valid"));
+    bench.step();
+    bench.engine.batch.pool.assert_consistent();
+    for (tenant, expected) in [(0, 0), (1, 12)] {
+        let mut receiver = bench.submit(&job(tenant));
+        bench.run_until_idle();
+        assert!(matches!(receiver.drain()[0], TokenEvent::Started { cached_tokens, .. } if cached_tokens == expected));
+        assert_eq!(receiver.answers(), reference(&job(tenant), &bench.shape));
+    }
+}
+
+#[test]
 fn another_adapter_or_version_finds_nothing_in_the_cache() {
     let mut bench = bench();
     for (adapter, expected) in [(None, 0), (Some(1), 0), (Some(2), 0), (Some(1), 12), (None, 12)] {

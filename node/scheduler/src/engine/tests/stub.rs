@@ -9,7 +9,7 @@ use model::adapter::LoraAdapter;
 use model::step::{Forward, Step};
 use shared::clock::{Clock, ManualClock};
 use shared::hash::ContentHash;
-use shared::id::{RequestId, Route};
+use shared::id::{RequestId, Route, TenantId};
 use shared::request::{AdapterPin, Envelope, Generation, Sampling};
 use shared::tenant::Tier;
 use shared::token::{FinishReason, PositionLogprobs, TokenEvent};
@@ -208,6 +208,7 @@ pub(super) struct StubSource {
     pub(super) charges: Vec<Charge>,
     pub(super) closed: bool,
     pub(super) panic_when_left: bool,
+    pub(super) forgotten: Vec<TenantId>,
     honest: bool,
 }
 
@@ -240,6 +241,10 @@ impl WorkSource for SharedSource {
         if source.panic_when_left {
             std::panic::resume_unwind(Box::new("the source broke, too"));
         }
+    }
+
+    fn forgotten(&mut self) -> Vec<TenantId> {
+        std::mem::take(&mut self.0.lock().expect("not poisoned").forgotten)
     }
 
     fn park(&mut self, _: Duration) {}
