@@ -5,6 +5,7 @@
 //! `internal_error`; requests in the queue wait for the next engine. A fourth panic within ten seconds stops
 //! the actor with an error, which ends the node. It ends normally when the queue is closed and drained.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use model::forward::Runtime;
@@ -103,11 +104,20 @@ impl BaseModelState {
 fn start_engine(args: &BaseModelArgs, myself: &ActorRef<BaseModelMsg>) -> Result<(), ActorProcessingErr> {
     let (room, clock, myself) = (Arc::clone(&args.room), Arc::clone(&args.clock), myself.clone());
     std::thread::Builder::new().name(format!("engine-{}", room.name)).spawn(move || {
-        let end = run_engine(&room, clock);
+        let end = guarded(|| run_engine(&room, clock));
+        room.set_up(false);
         // The actor may already be gone when the node stops.
         let _ = myself.cast(BaseModelMsg::EngineEnded(end));
     })?;
     Ok(())
+}
+
+/// Turns a panic outside the engine's own steps into an end that the actor hears of.
+fn guarded(run: impl FnOnce() -> Result<EngineEnd, String>) -> Result<EngineEnd, String> {
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+        Ok(EngineEnd::Panicked(text.unwrap_or("a panic without text").to_owned()))
+    })
 }
 
 fn run_engine(room: &Arc<BaseRoom>, clock: Arc<dyn Clock>) -> Result<EngineEnd, String> {
@@ -119,4 +129,17 @@ fn run_engine(room: &Arc<BaseRoom>, clock: Arc<dyn Clock>) -> Result<EngineEnd, 
     room.set_up(true);
     tracing::info!(base = %room.name, context = room.context(), "engine running");
     Ok(engine.run())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_outside_a_step_is_an_end_like_any_other() {
+        let end = guarded(|| panic!("no room for {} pages", 3));
+        assert_eq!(end, Ok(EngineEnd::Panicked("no room for 3 pages".to_owned())));
+        assert_eq!(guarded(|| Ok(EngineEnd::Drained)), Ok(EngineEnd::Drained));
+        assert_eq!(guarded(|| Err("no memory".to_owned())), Err("no memory".to_owned()));
+    }
 }
