@@ -3,10 +3,11 @@
 use std::io::Read;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use model::info::Linear;
 use serde_json::{Value, json};
+use shared::clock::{Clock, SystemClock};
 use tests::operator::{self, GENEROUS};
 use tests::process::{NodeProcess, NodeSpec, scratch};
 use tests::tiny::{self, Random};
@@ -70,7 +71,7 @@ fn a_thousand_clients_that_go_away_leave_nothing_behind() {
             });
         }
     });
-    let gone = Instant::now();
+    let gone = SystemClock.now();
     let mut last = held(&node);
     while last != nothing {
         assert!(gone.elapsed() < Duration::from_secs(1), "still held a second later: {last:?}");

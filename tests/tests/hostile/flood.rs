@@ -4,9 +4,10 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::json;
+use shared::clock::{Clock, SystemClock};
 use tests::operator;
 use tests::process::{NodeProcess, NodeSpec, scratch};
 
@@ -35,7 +36,7 @@ fn flood(node: &NodeProcess, key: &str) -> Seen {
             scope.spawn(|| {
                 let agent = operator::agent();
                 while next.fetch_add(1, Ordering::Relaxed) < REQUESTS {
-                    let started = Instant::now();
+                    let started = SystemClock.now();
                     let answer = operator::post(&agent, node, "/v1/completions", key, &body);
                     match answer.status {
                         200 => {
@@ -70,13 +71,13 @@ fn a_flood_of_ten_thousand_is_refused_at_once_and_loses_nothing() {
     assert_serves(&node, &neighbour);
     let before = node.resident_bytes();
     let (over, peak) = (AtomicBool::new(false), AtomicUsize::new(0));
-    let started = Instant::now();
+    let started = SystemClock.now();
     let (seen, mut others) = thread::scope(|scope| {
         let other = scope.spawn(|| {
             let (agent, mut times) = (operator::agent(), Vec::new());
             let body = json!({"model": "tiny", "prompt": "hello", "max_tokens": 8, "ignore_eos": true}).to_string();
             while !over.load(Ordering::Relaxed) {
-                let started = Instant::now();
+                let started = SystemClock.now();
                 let answer = operator::post(&agent, &node, "/v1/completions", &neighbour, &body);
                 assert_eq!(answer.status, 200, "the neighbour is served: {}", answer.text);
                 times.push(started.elapsed());

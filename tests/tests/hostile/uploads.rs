@@ -3,11 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use model::adapter::AdapterFiles;
 use model::info::Linear;
 use serde_json::json;
+use shared::clock::{Clock, SystemClock};
 use tests::operator::{self, GENEROUS};
 use tests::process::{NodeProcess, NodeSpec, scratch};
 use tests::tiny;
@@ -40,7 +41,7 @@ fn every_malformed_adapter_is_refused_over_the_admin_port_with_a_code() {
         let parts = parts(case);
         let borrowed: Vec<(&str, &[u8])> = parts.iter().map(|(name, bytes)| (*name, bytes.as_slice())).collect();
         let path = format!("/admin/v1/tenants/acme/adapters/acme-bad-smollm2-v1.0.{i}");
-        let started = Instant::now();
+        let started = SystemClock.now();
         let answer = operator::form(&node, &path, &borrowed);
         assert!(started.elapsed() < Duration::from_secs(2), "{case} took {:?}", started.elapsed());
         let is_open = expectation.contains(" or ");
@@ -80,7 +81,8 @@ fn uploads_that_are_no_uploads_are_4xx_and_leave_no_file() {
     let good = "/admin/v1/tenants/acme/adapters/acme-t-tiny-v1.0.0";
     let objects = |node: &NodeProcess| walk(&node.data().join("adapters"));
     let before = objects(&node);
-    let forms: Vec<(&str, Vec<(&str, &[u8])>)> = vec![
+    type Parts<'a> = Vec<(&'a str, &'a [u8])>;
+    let forms: Vec<(&str, Parts<'_>)> = vec![
         ("no parts", vec![]),
         ("config alone", vec![("config", &config)]),
         ("weights alone", vec![("weights", &weights)]),

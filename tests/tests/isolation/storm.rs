@@ -6,11 +6,12 @@
 use std::io::{BufRead, BufReader};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use model::adapter::AdapterFiles;
 use model::info::Linear;
 use serde_json::{Value, json};
+use shared::clock::{Clock, SystemClock};
 use tests::operator::{self, GENEROUS};
 use tests::process::{Answer, NodeProcess, NodeSpec, scratch, token_ids};
 use tests::tiny::{self, Random};
@@ -162,7 +163,7 @@ fn tiny_tenants(node: &NodeProcess, n: usize) -> Vec<String> {
 /// Runs a storm and checks that it was one.
 fn weather(node: &NodeProcess, jobs: &[Job], n_requests: usize, what: &str) -> (Tally, Value) {
     let before = operator::base_status(node);
-    let started = Instant::now();
+    let started = SystemClock.now();
     let tally = storm(node, jobs, n_requests);
     let took = started.elapsed();
     let after = operator::base_status(node);

@@ -3,10 +3,11 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use model::info::Linear;
 use serde_json::json;
+use shared::clock::{Clock, SystemClock};
 use tests::operator::{self, GENEROUS};
 use tests::process::{NodeProcess, NodeSpec, scratch, token_ids};
 use tests::tiny;
@@ -84,7 +85,7 @@ fn what_a_tenant_deletes_is_not_taken_from_another_with_the_same_files() {
             scope.spawn(|| {
                 let agent = operator::agent();
                 while !over.load(Ordering::Relaxed) {
-                    let started = Instant::now();
+                    let started = SystemClock.now();
                     let answer = operator::post(&agent, &node, "/v1/completions", &right, &body);
                     assert_eq!(answer.status, 200, "{}", answer.text);
                     assert_eq!(token_ids(&answer.body["choices"][0]), alone);
