@@ -27,7 +27,7 @@ use shared::hash::ContentHash;
 use shared::id::{BaseName, Route, TenantId};
 use shared::request::{Envelope, Generation};
 use shared::tenant::TenantContract;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::base_room::BaseRoom;
 use crate::engine_source::Payload;
@@ -55,6 +55,8 @@ pub struct App {
     store: Store,
     journal: Journal,
     draining: AtomicBool,
+    /// True ends what still runs.
+    stop: watch::Sender<bool>,
     /// Places for encoding long inputs and compiling grammars, so that they never crowd out the engine.
     encoding: Semaphore,
 }
@@ -84,7 +86,8 @@ impl App {
     pub fn new(parts: AppParts) -> Self {
         let AppParts { config, node, clock, registry, rooms, store, journal } = parts;
         let (draining, encoding) = (AtomicBool::new(false), Semaphore::new(ENCODING_AT_ONCE));
-        Self { config, node, clock, registry, admission: Arc::default(), rooms, store, journal, draining, encoding }
+        let (admission, stop) = (Arc::default(), watch::Sender::new(false));
+        Self { config, node, clock, registry, admission, rooms, store, journal, draining, stop, encoding }
     }
 
     /// Cluster configuration.
@@ -125,6 +128,11 @@ impl App {
     /// From now on every new request is refused with a hint to go elsewhere.
     pub fn start_draining(&self) {
         self.draining.store(true, Ordering::Release);
+    }
+
+    /// Ends what still runs with an error that says the node is stopping.
+    pub fn fail_running(&self) {
+        self.stop.send_replace(true);
     }
 
     /// Whether the node is stopping.
@@ -263,7 +271,8 @@ impl App {
         }
 
         let tap = self.tap(who, &contract, &envelope, adapter_hit, admitted.reservation);
-        Ok(running(&room, request, &envelope, Events::new(receiver, Box::new(tap)), admitted.rate, (ticket, cancel)))
+        let events = Events::new(receiver, Box::new(tap)).until(self.stop.subscribe());
+        Ok(running(&room, request, &envelope, events, admitted.rate, (ticket, cancel)))
     }
 
     fn envelope(

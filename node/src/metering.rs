@@ -2,7 +2,8 @@
 //!
 //! [`Tap`] sits on the request's events at the entry node and counts what the client's side took; when the
 //! request ends, however it ends, it hands exactly one [`UsageRecord`] to the [`journal`]. The client's own
-//! view (a lost stream, a missing usage chunk) plays no part.
+//! view (a lost stream, a missing usage chunk) plays no part. A request that never entered the batch costs
+//! nothing: its record says 0 prompt tokens.
 
 pub mod journal;
 
@@ -17,7 +18,7 @@ use shared::request::Envelope;
 use shared::tenant::Tier;
 use shared::token::{FinishReason, TokenEvent};
 
-use journal::Journal;
+use journal::{Journal, OpenRecord};
 
 use crate::gateway::backend::EventTap;
 
@@ -29,7 +30,7 @@ pub enum Outcome {
     Finished,
     /// The client went away first.
     Cancelled,
-    /// It failed after admission.
+    /// It failed after admission, or its engine let go of it.
     Failed,
 }
 
@@ -62,7 +63,7 @@ pub struct UsageRecord {
     pub fell_back: bool,
     /// The adapter was in engine memory when the request arrived (BILL-08); `null` for base requests.
     pub adapter_hit: Option<bool>,
-    /// Prompt tokens, billed once.
+    /// Prompt tokens, billed once; 0 when the request never entered the batch.
     pub prompt_tokens: u32,
     /// Of these, from the tenant's prefix cache.
     pub cached_tokens: u32,
@@ -89,7 +90,10 @@ pub struct Tap {
     cost_center: Option<String>,
     adapter_hit: Option<bool>,
     journal: Journal,
+    /// Lets the journal wait for the record; fields go after `drop` has written it.
+    _open: OpenRecord,
     clock: Arc<dyn Clock>,
+    started: bool,
     cached_tokens: u32,
     queue_wait: Duration,
     first_token_at: Option<Instant>,
@@ -121,8 +125,10 @@ impl Tap {
             key,
             cost_center,
             adapter_hit,
+            _open: journal.open_record(),
             journal,
             clock,
+            started: false,
             cached_tokens: 0,
             queue_wait: Duration::ZERO,
             first_token_at: None,
@@ -151,7 +157,12 @@ impl Tap {
 
     fn used_tokens(&self) -> u64 {
         let delivered: u64 = self.delivered.iter().map(|&count| u64::from(count)).sum();
-        self.envelope.generation.prompt.len() as u64 + delivered
+        u64::from(self.prompt_tokens()) + delivered
+    }
+
+    /// What the prompt costs: nothing before the request entered the batch.
+    fn prompt_tokens(&self) -> u32 {
+        if self.started { u32::try_from(self.envelope.generation.prompt.len()).unwrap_or(u32::MAX) } else { 0 }
     }
 }
 
@@ -159,6 +170,7 @@ impl EventTap for Tap {
     fn observe(&mut self, event: &TokenEvent) {
         match event {
             TokenEvent::Started { queue_wait, cached_tokens, fell_back } => {
+                self.started = true;
                 self.queue_wait = *queue_wait;
                 self.cached_tokens = *cached_tokens;
                 self.fell_back = *fell_back;
@@ -172,6 +184,10 @@ impl EventTap for Tap {
             }
             TokenEvent::Failed(_) => self.failed = true,
         }
+    }
+
+    fn closed(&mut self) {
+        self.failed |= self.finished < self.envelope.n_sequences();
     }
 }
 
@@ -202,7 +218,7 @@ impl Tap {
             cost_center: self.cost_center.clone(),
             fell_back,
             adapter_hit: self.adapter_hit,
-            prompt_tokens: u32::try_from(envelope.generation.prompt.len()).unwrap_or(u32::MAX),
+            prompt_tokens: self.prompt_tokens(),
             cached_tokens: self.cached_tokens,
             delivered: self.delivered.clone(),
             queue_wait_ms: self.queue_wait.as_secs_f64() * 1e3,
@@ -231,5 +247,105 @@ fn finish_label(reason: &FinishReason) -> &'static str {
     match reason {
         FinishReason::Stop | FinishReason::StopText { .. } => "stop",
         FinishReason::Length => "length",
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use shared::clock::ManualClock;
+    use shared::error::RequestError;
+    use shared::id::{RequestId, Route};
+    use shared::request::{Generation, Sampling};
+
+    use super::*;
+
+    /// A request of three prompt tokens for the base.
+    pub(crate) fn envelope(clock: &ManualClock) -> Envelope {
+        let generation = Generation {
+            prompt: [1, 2, 3].into(),
+            n: 1,
+            max_tokens: 8,
+            min_tokens: 0,
+            ignore_eos: false,
+            stop_token_ids: Vec::new(),
+            stop: Vec::new(),
+            sampling: Sampling::default(),
+            logprobs: None,
+            prompt_logprobs: None,
+            grammar: None,
+        };
+        Envelope {
+            id: RequestId(7),
+            route: Route { tenant: "acme".parse().expect("valid"), task: None },
+            tier: Tier::Shared,
+            weight: 1,
+            concurrency: 1,
+            queue_depth: 1,
+            base: "tiny".parse().expect("valid"),
+            adapter: None,
+            fell_back: false,
+            cache_secret: [0; 32],
+            generation: Arc::new(generation),
+            contract_epoch: 1,
+            admitted_at: clock.now(),
+            deadline: clock.now() + Duration::from_secs(1),
+        }
+    }
+
+    /// The record of a request that saw `events`, and the tokens it was settled with.
+    fn account(name: &str, events: &[TokenEvent], closed: bool) -> (UsageRecord, u64) {
+        let folder = std::env::temp_dir().join(format!("tenantry-tap-{name}-{}", std::process::id()));
+        let journal = Journal::open(&folder).expect("opens");
+        let clock = ManualClock::default();
+        let settled = Arc::new(AtomicU64::new(u64::MAX));
+        let told = Arc::clone(&settled);
+        let settle = Box::new(move |used| told.store(used, Ordering::SeqCst));
+        let envelope = Arc::new(envelope(&clock));
+        let mut tap = Tap::new(envelope, "k1".into(), None, None, settle, journal.clone(), Arc::new(clock));
+        events.iter().for_each(|event| tap.observe(event));
+        if closed {
+            tap.closed();
+        }
+        assert_eq!(journal.open_records(), 1);
+        drop(tap);
+        assert_eq!(journal.open_records(), 0);
+        journal.close();
+        let text = std::fs::read_to_string(folder.join("usage-00000000.jsonl")).expect("a segment");
+        std::fs::remove_dir_all(&folder).expect("a test folder can go");
+        (serde_json::from_str(&text).expect("one record"), settled.load(Ordering::SeqCst))
+    }
+
+    fn started() -> TokenEvent {
+        TokenEvent::Started { queue_wait: Duration::from_millis(2), cached_tokens: 0, fell_back: false }
+    }
+
+    fn token() -> TokenEvent {
+        TokenEvent::Token { choice: 0, seq: 0, id: 5, logprobs: None }
+    }
+
+    #[test]
+    fn a_request_that_never_started_costs_nothing() {
+        let (record, used) = account("left", &[], false);
+        assert_eq!((record.prompt_tokens, record.outcome, used), (0, Outcome::Cancelled, 0));
+        let (record, used) = account("refused", &[TokenEvent::Failed(RequestError::internal())], false);
+        assert_eq!((record.prompt_tokens, record.outcome, used), (0, Outcome::Failed, 0));
+    }
+
+    #[test]
+    fn a_request_that_started_pays_its_prompt_and_what_was_delivered() {
+        let (record, used) = account("partly", &[started(), token()], false);
+        assert_eq!((record.prompt_tokens, record.delivered, record.outcome), (3, vec![1], Outcome::Cancelled));
+        assert_eq!(used, 4);
+    }
+
+    #[test]
+    fn an_engine_that_lets_go_of_a_request_has_failed_it() {
+        let (record, _) = account("let-go", &[started(), token()], true);
+        assert_eq!(record.outcome, Outcome::Failed);
+        let end = TokenEvent::Finished { choice: 0, reason: FinishReason::Length, compute: Duration::ZERO };
+        let (record, _) = account("finished", &[started(), token(), end], true);
+        assert_eq!(record.outcome, Outcome::Finished, "closing after the end is how every request ends");
     }
 }

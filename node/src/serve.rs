@@ -30,6 +30,7 @@ use crate::app::upload::adapter_limits;
 use crate::app::{App, AppParts};
 use crate::base_room::{AdapterLoading, BaseRoom};
 use crate::gateway;
+use crate::gateway::backend::node_stopping;
 use crate::gateway::listen::{self, Bounds};
 use crate::metering::journal::Journal;
 use crate::metrics;
@@ -37,6 +38,9 @@ use crate::supervisor::{NodeSupervisor, SupervisorArgs, SupervisorMsg};
 
 /// Histogram samples wait in memory until they are sorted into buckets; without a scraper nobody else does it.
 const METRICS_UPKEEP_EVERY: Duration = Duration::from_secs(5);
+
+/// Longest wait at the end for requests whose connections were cut.
+const RECORDS_WITHIN: Duration = Duration::from_secs(2);
 
 /// Arguments of `tenantry node`.
 #[derive(Debug, clap::Args)]
@@ -296,24 +300,36 @@ async fn stop(app: Arc<App>, supervisor: ActorRef<SupervisorMsg>, clients: Port,
     }
     for room in app.rooms().values() {
         for (_, payload) in room.queue.close() {
-            let message = "this node is stopping; hint: retry, another node will answer";
-            payload.fail(shared::error::RequestError::new(
-                shared::error::ErrorKind::Unavailable,
-                "node_stopping",
-                message,
-            ));
+            payload.fail(node_stopping());
         }
     }
+    app.fail_running();
     clients.close(Duration::from_secs(1)).await;
     admins.close(Duration::from_secs(1)).await;
     supervisor.stop(None);
     app.registry().stop().await;
-    app.journal().close();
+    close_journal(app.journal().clone()).await;
     tracing::info!("node stopped");
 }
 
+/// Nothing waits, nothing runs, and what ran has reached its client.
 async fn drained(app: &App) {
-    while app.n_in_flight() > 0 {
+    while app.n_in_flight() > 0 || app.journal().open_records() > 0 {
         tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// The last records are handed over while replies are being dropped, so the journal waits for them first.
+async fn close_journal(journal: Journal) {
+    let handed_over = async {
+        while journal.open_records() > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    if tokio::time::timeout(RECORDS_WITHIN, handed_over).await.is_err() {
+        tracing::error!(lost = journal.open_records(), "some requests did not end and leave no usage record");
+    }
+    if let Err(error) = tokio::task::spawn_blocking(move || journal.close()).await {
+        tracing::error!(%error, "closing the usage journal panicked");
     }
 }

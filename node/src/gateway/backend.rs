@@ -15,7 +15,7 @@ use shared::error::{ErrorKind, RequestError};
 use shared::id::{RequestId, TenantId};
 use shared::request::{Grammar, Sampling};
 use shared::token::TokenEvent;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 /// What the gateway needs from the node.
 pub trait Backend: Send + Sync + 'static {
@@ -150,34 +150,68 @@ pub struct Running {
 pub struct Events {
     receiver: mpsc::Receiver<TokenEvent>,
     tap: Option<Box<dyn EventTap>>,
+    stop: Option<watch::Receiver<bool>>,
 }
 
 /// Sees every event that the reply takes; dropped when the reply is over, however it ends.
 pub trait EventTap: Send {
     /// The reply took this event.
     fn observe(&mut self, event: &TokenEvent);
+
+    /// The reply asked for more and nothing can come: after the end, or because the engine let go of the request.
+    fn closed(&mut self) {}
 }
 
 impl Events {
     /// Events that `tap` sees.
     pub fn new(receiver: mpsc::Receiver<TokenEvent>, tap: Box<dyn EventTap>) -> Self {
-        Self { receiver, tap: Some(tap) }
+        Self { receiver, tap: Some(tap), stop: None }
+    }
+
+    /// Ends the events with the error of a stopping node as soon as `stop` is true.
+    pub fn until(self, stop: watch::Receiver<bool>) -> Self {
+        Self { stop: Some(stop), ..self }
     }
 
     /// The next event; `None` when the engine has let go of the request.
     pub async fn recv(&mut self) -> Option<TokenEvent> {
-        let event = self.receiver.recv().await?;
-        if let Some(tap) = &mut self.tap {
-            tap.observe(&event);
+        let event = tokio::select! {
+            biased;
+            event = self.receiver.recv() => event,
+            () = stopped(&mut self.stop) => {
+                // Nothing follows a failure, and the engine notices that nobody listens.
+                self.receiver.close();
+                self.stop = None;
+                Some(TokenEvent::Failed(node_stopping()))
+            }
+        };
+        match (&mut self.tap, &event) {
+            (Some(tap), Some(event)) => tap.observe(event),
+            (Some(tap), None) => tap.closed(),
+            (None, _) => {}
         }
-        Some(event)
+        event
     }
 }
 
 impl From<mpsc::Receiver<TokenEvent>> for Events {
     /// Events that nobody counts.
     fn from(receiver: mpsc::Receiver<TokenEvent>) -> Self {
-        Self { receiver, tap: None }
+        Self { receiver, tap: None, stop: None }
+    }
+}
+
+/// What requests are told that this node cannot finish.
+pub fn node_stopping() -> RequestError {
+    let message = "this node is stopping; hint: retry, another node will answer";
+    RequestError::new(ErrorKind::Unavailable, "node_stopping", message).retry_after(Duration::from_secs(1))
+}
+
+async fn stopped(stop: &mut Option<watch::Receiver<bool>>) {
+    let Some(stop) = stop else { return std::future::pending().await };
+    if stop.wait_for(|stop| *stop).await.is_err() {
+        // Nobody is left who could stop us.
+        std::future::pending().await
     }
 }
 

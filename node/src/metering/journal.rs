@@ -15,6 +15,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use shared::clock::{Clock, SystemClock};
 
 use super::UsageRecord;
 
@@ -22,6 +23,10 @@ use super::UsageRecord;
 pub const BACKLOG_MAX: usize = 10_000;
 /// Longest time a record waits for the disk.
 const FLUSH_EVERY: Duration = Duration::from_millis(50);
+/// A flush does not wait any longer when nothing came for this long.
+const QUIET: Duration = Duration::from_millis(5);
+/// Longest wait for the disk at the end.
+const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 /// Pause before the disk is tried again after an error.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 /// A segment is closed when it passes this size.
@@ -35,7 +40,23 @@ struct Shared {
     sender: Mutex<Option<Sender<Vec<u8>>>>,
     backlog: AtomicUsize,
     failing: AtomicBool,
-    writer: Mutex<Option<JoinHandle<()>>>,
+    open_records: AtomicUsize,
+    writer: Mutex<Option<Writer>>,
+}
+
+/// The writing thread. `ended` disconnects when it is over, which can be waited for with a limit.
+struct Writer {
+    thread: JoinHandle<()>,
+    ended: Receiver<()>,
+}
+
+/// A request whose record is still to come; dropped after the record was handed over.
+pub struct OpenRecord(Arc<Shared>);
+
+impl Drop for OpenRecord {
+    fn drop(&mut self) {
+        self.0.open_records.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 // === impl Journal ===
@@ -53,11 +74,14 @@ impl Journal {
             sender: Mutex::new(Some(sender)),
             backlog: AtomicUsize::new(0),
             failing: AtomicBool::new(false),
+            open_records: AtomicUsize::new(0),
             writer: Mutex::new(None),
         });
         let weak = Arc::downgrade(&shared);
-        let writer = std::thread::Builder::new().name("usage-journal".into()).spawn(move || {
-            while let Some((lines, count)) = next_batch(&receiver) {
+        let (ending, ended) = channel::<()>();
+        let thread = std::thread::Builder::new().name("usage-journal".into()).spawn(move || {
+            let _ending = ending;
+            while let Some((lines, count)) = next_batch(&receiver, &SystemClock) {
                 while let Err(error) = segment.append(&lines) {
                     tracing::error!(%error, "usage records wait for the disk");
                     match weak.upgrade() {
@@ -72,7 +96,7 @@ impl Journal {
                 }
             }
         })?;
-        *shared.writer.lock() = Some(writer);
+        *shared.writer.lock() = Some(Writer { thread, ended });
         Ok(Self(shared))
     }
 
@@ -97,23 +121,49 @@ impl Journal {
         self.0.backlog.load(Ordering::Acquire)
     }
 
-    /// Waits until everything appended is on disk and stops the writer.
-    pub fn close(&self) {
+    /// Announces a record: [`Journal::open_records`] counts it until the returned value is dropped.
+    pub fn open_record(&self) -> OpenRecord {
+        self.0.open_records.fetch_add(1, Ordering::AcqRel);
+        OpenRecord(Arc::clone(&self.0))
+    }
+
+    /// Announced records that were not handed over yet: requests that have not ended for their client.
+    pub fn open_records(&self) -> usize {
+        self.0.open_records.load(Ordering::Acquire)
+    }
+
+    /// Waits until everything appended is on disk and stops the writer. A disk that takes nothing is given up
+    /// after five seconds. Returns how many records were lost. Blocks.
+    pub fn close(&self) -> usize {
+        self.close_within(CLOSE_WITHIN)
+    }
+
+    fn close_within(&self, limit: Duration) -> usize {
         drop(self.0.sender.lock().take());
-        if let Some(writer) = self.0.writer.lock().take()
-            && writer.join().is_err()
-        {
+        let Some(writer) = self.0.writer.lock().take() else { return 0 };
+        if writer.ended.recv_timeout(limit) != Err(RecvTimeoutError::Timeout) && writer.thread.join().is_err() {
             tracing::error!("the usage journal's writer panicked");
         }
+        let lost = self.backlog();
+        if lost > 0 {
+            tracing::error!(lost, "the disk did not take the last usage records; hint: is it full?");
+        }
+        lost
     }
 }
 
-/// Collects what arrives within [`FLUSH_EVERY`] of the first record; `None` when the journal is closed and empty.
-fn next_batch(receiver: &Receiver<Vec<u8>>) -> Option<(Vec<u8>, usize)> {
+/// Collects what arrives within [`FLUSH_EVERY`] of the first record, or until nothing came for a moment; `None`
+/// when the journal is closed and empty.
+fn next_batch(receiver: &Receiver<Vec<u8>>, clock: &dyn Clock) -> Option<(Vec<u8>, usize)> {
     let mut lines = receiver.recv().ok()?;
     let mut count = 1;
+    let flush_at = clock.now() + FLUSH_EVERY;
     loop {
-        match receiver.recv_timeout(FLUSH_EVERY / 10) {
+        let left = flush_at.saturating_duration_since(clock.now());
+        if left.is_zero() {
+            return Some((lines, count));
+        }
+        match receiver.recv_timeout(QUIET.min(left)) {
             Ok(line) => {
                 lines.extend_from_slice(&line);
                 count += 1;
@@ -248,5 +298,44 @@ mod tests {
         journal.close();
         let found: Vec<u32> = read(&folder).iter().map(|record| record.delivered[0]).collect();
         assert_eq!(found, [1, 2]);
+    }
+
+    #[test]
+    fn closing_gives_up_on_a_disk_that_takes_nothing_and_says_what_was_lost() {
+        let folder = folder("stuck");
+        std::fs::create_dir_all(&folder).expect("writable");
+        // A full segment, and something in the way of the next one.
+        let mut full = File::create(folder.join("usage-00000000.jsonl")).expect("writable");
+        full.seek(SeekFrom::Start(SEGMENT_BYTES)).expect("seekable");
+        full.write_all(b"\n").expect("writable");
+        let journal = Journal::open(&folder).expect("opens");
+        std::fs::create_dir(folder.join("usage-00000001.jsonl")).expect("writable");
+        journal.append(&record(1));
+        journal.append(&record(2));
+        assert_eq!(journal.close_within(Duration::from_millis(100)), 2);
+        assert!(!journal.is_healthy());
+    }
+
+    /// Time passes with every look at it, as if records came every 20 ms.
+    struct Ticking(shared::clock::ManualClock);
+    impl Clock for Ticking {
+        fn now(&self) -> std::time::Instant {
+            self.0.advance(Duration::from_millis(20));
+            self.0.now()
+        }
+        fn wall(&self) -> Duration {
+            self.0.wall()
+        }
+    }
+
+    #[test]
+    fn a_steady_trickle_is_flushed_within_fifty_milliseconds_of_its_first_record() {
+        let clock = shared::clock::ManualClock::default();
+        let (sender, receiver) = channel();
+        for _ in 0..10 {
+            sender.send(b"{}\n".to_vec()).expect("open");
+        }
+        let (lines, count) = next_batch(&receiver, &Ticking(clock)).expect("records");
+        assert_eq!((lines.len(), count), (9, 3), "the first, and those of the next 50 ms");
     }
 }

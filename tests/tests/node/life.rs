@@ -55,6 +55,33 @@ fn sigterm_finishes_running_streams_and_exits_with_zero() {
 }
 
 #[test]
+fn a_stream_that_outlives_the_drain_time_is_told_and_billed() {
+    let folder = scratch("cut");
+    let node = NodeProcess::start(&folder, &NodeSpec::tiny(&folder.join("model")).with("[cluster]\ndrain_s = 0"));
+    let key = node.tenant("acme", &[]);
+    let body = json!({"model": "tiny", "prompt": "count", "n": 8, "max_tokens": 1000, "ignore_eos": true, "stream": true, "logprobs": 5});
+    let mut n_seen = 0;
+    let events = node.stream("/v1/completions", &key, &body, |_| {
+        n_seen += 1;
+        if n_seen == 1 {
+            node.signal("TERM");
+        }
+        true
+    });
+    let last = events.last().expect("the stream began");
+    assert_eq!(last["error"]["code"], "node_stopping", "{last}");
+    let mut node = node;
+    assert!(node.wait().success(), "{}", node.log());
+    let records = node.usage();
+    assert_eq!(records.len(), 1, "{records:?}");
+    assert_eq!(records[0]["outcome"], "failed");
+    assert_ne!(records[0]["prompt_tokens"], 0);
+    let delivered: u64 =
+        records[0]["delivered"].as_array().expect("per choice").iter().filter_map(|n| n.as_u64()).sum();
+    assert!((1..8000).contains(&delivered), "{delivered}");
+}
+
+#[test]
 fn a_node_that_cannot_start_says_why_with_the_right_exit_code() {
     let folder = scratch("refuse");
     let config = folder.join("cluster.toml");
