@@ -19,6 +19,7 @@ use shared::token::TokenEvent;
 use tokio::sync::mpsc;
 
 use crate::base_room::BaseRoom;
+use crate::gateway::backend::node_stopping;
 
 /// What travels with a queued request.
 #[derive(Debug)]
@@ -58,16 +59,25 @@ pub fn deadline_passed(item: &Item) -> RequestError {
 /// The [`WorkSource`] of one base.
 pub struct EngineSource {
     room: Arc<BaseRoom>,
+    /// The step in which the cache was last told the order.
+    told_at: Option<Instant>,
 }
 
 impl EngineSource {
     /// Pulls from the room's queue.
     pub fn new(room: Arc<BaseRoom>) -> Self {
-        Self { room }
+        Self { room, told_at: None }
     }
 
     fn queue(&self) -> &Queue<Payload> {
         &self.room.queue
+    }
+
+    /// The cache keeps and loads adapters in the queue's order. Called after leasing: what was picked has its lease.
+    fn tell_order(&mut self, now: Instant) {
+        let (order, holds_back) = self.queue().wanted(self.room.cache.order_len());
+        self.room.cache.prefer(&order, holds_back);
+        self.told_at = Some(now);
     }
 
     /// Turns a picked request into work; `None` when it was answered with an error instead.
@@ -104,22 +114,41 @@ impl EngineSource {
     }
 }
 
+/// Undoes a pick, unless nobody waits for the request any more.
+fn put_back(queue: &Queue<Payload>, picked: Picked<Payload>) {
+    let (id, cancel) = (picked.item.id, picked.payload.cancel.clone());
+    queue.put_back(picked);
+    // Looked at afterwards: a client that left, or a queue that closed, in between did not find it waiting.
+    if cancel.is_cancelled() {
+        queue.cancel(id);
+    } else if queue.is_closed()
+        && let Some((_, payload)) = queue.cancel(id)
+    {
+        payload.fail(node_stopping());
+    }
+}
+
 impl WorkSource for EngineSource {
     fn pull(&mut self, now: Instant, room: Room) -> Option<Work> {
         let room = queue::Room { sequences: room.sequences, kv_tokens: room.kv_tokens };
         loop {
             let mut view = CacheView(&self.room.cache);
             let Some(picked) = self.queue().next(now, room, &mut view) else {
-                let (order, holds_back) = self.queue().wanted(self.room.cache.order_len());
-                self.room.cache.prefer(&order, holds_back);
+                self.tell_order(now);
                 return None;
             };
             match self.start(picked) {
-                Ok(Some(work)) => return Some(work),
+                Ok(Some(work)) => {
+                    // Also when the batch is always full of others' work, but not once per request.
+                    if self.told_at != Some(now) {
+                        self.tell_order(now);
+                    }
+                    return Some(work);
+                }
                 Ok(None) => {}
                 Err(picked) => {
                     // Evicted between the look and the lease: it goes back to the head of its line.
-                    self.queue().put_back(*picked);
+                    put_back(self.queue(), *picked);
                     return None;
                 }
             }
@@ -163,5 +192,66 @@ impl AdapterView for CacheView<'_> {
 
     fn settled(&mut self, out: &mut Vec<ContentHash>) {
         self.0.settled(out);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use queue::FairConfig;
+    use shared::clock::{Clock, ManualClock};
+
+    use super::*;
+    use crate::metering;
+
+    struct NoAdapters;
+
+    impl AdapterView for NoAdapters {
+        fn epoch(&self) -> u64 {
+            0
+        }
+
+        fn residency(&mut self, _: &ContentHash) -> Residency {
+            Residency::Ready
+        }
+
+        fn settled(&mut self, _: &mut Vec<ContentHash>) {}
+    }
+
+    /// A queue, a request picked from it, its events, and the hold of its client.
+    fn picked() -> (Queue<Payload>, Picked<Payload>, mpsc::Receiver<TokenEvent>, queue::Ticket<Payload>) {
+        let clock = ManualClock::default();
+        let envelope = Arc::new(metering::tests::envelope(&clock));
+        let (sink, receiver) = mpsc::channel(1);
+        let cancel = CancelFlag::default();
+        let item = Item::of(&envelope);
+        let payload = Payload { envelope, grammar: None, sink, cancel, fallback: Fallback::Refuse };
+        let queue = Queue::new(FairConfig::default());
+        let ticket = queue.submit(clock.now(), item, payload).expect("there is room");
+        let room = queue::Room { sequences: 8, kv_tokens: 1000 };
+        let picked = queue.next(clock.now(), room, &mut NoAdapters).expect("it is its turn");
+        (queue, picked, receiver, ticket)
+    }
+
+    #[test]
+    fn a_request_whose_client_left_while_it_was_picked_does_not_wait_again() {
+        let (queue, picked, mut receiver, ticket) = picked();
+        picked.payload.cancel.cancel();
+        drop(ticket);
+        put_back(&queue, picked);
+        assert_eq!(queue.n_waiting(), 0);
+        assert!(matches!(receiver.try_recv(), Err(mpsc::error::TryRecvError::Disconnected)));
+    }
+
+    #[test]
+    fn a_request_that_is_put_back_waits_again_but_not_in_a_closed_queue() {
+        let (queue, waiting, mut receiver, _ticket) = picked();
+        put_back(&queue, waiting);
+        assert_eq!(queue.n_waiting(), 1);
+        assert!(receiver.try_recv().is_err(), "nothing happened to it");
+        let (queue, stranded, mut receiver, _ticket) = picked();
+        queue.close();
+        put_back(&queue, stranded);
+        assert_eq!(queue.n_waiting(), 0);
+        assert!(matches!(receiver.try_recv(), Ok(TokenEvent::Failed(error)) if error.code == "node_stopping"));
     }
 }
