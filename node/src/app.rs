@@ -151,7 +151,7 @@ impl App {
         match event {
             Event::TenantDeleted { tenant, adapters } => {
                 self.admission.lock().forget(tenant);
-                self.rooms.values().for_each(|room| room.grammars.forget(tenant));
+                self.rooms.values().for_each(|room| room.erase(tenant));
                 adapters.iter().for_each(|hash| self.delete_adapter(tenant, hash));
             }
             Event::AdapterVersionRemoved { name, hash, still_used: false } => self.delete_adapter(&name.client, hash),

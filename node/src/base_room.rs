@@ -20,7 +20,7 @@ use scheduler::grammar::GrammarCompiler;
 use scheduler::plan::reserve::ClassReserve;
 use scheduler::vocab::Vocabulary;
 use shared::config::{BaseConfig, ClusterConfig};
-use shared::id::BaseName;
+use shared::id::{BaseName, TenantId};
 use tokio::sync::mpsc;
 
 use crate::engine_source::Payload;
@@ -51,6 +51,8 @@ pub struct BaseRoom {
     pub engine: EngineOptions,
     /// Numbers of the running engine.
     pub stats: ArcSwap<EngineStats>,
+    /// Deleted tenants whose cached pages the engine has still to drop.
+    erased: Mutex<Vec<TenantId>>,
     up: AtomicBool,
 }
 
@@ -99,6 +101,7 @@ impl BaseRoom {
             engine: EngineOptions::new(&model, config),
             queue: Queue::new(fair_config(config)),
             stats: ArcSwap::default(),
+            erased: Mutex::default(),
             up: AtomicBool::new(false),
             name,
             model,
@@ -122,6 +125,18 @@ impl BaseRoom {
     /// Longest sequence served: the model's context, or what the KV memory holds if that is less.
     pub fn context(&self) -> usize {
         self.engine.scheduling.context
+    }
+
+    /// The engine is to drop what it keeps of a deleted tenant; it looks in every step and when idle.
+    pub fn erase(&self, tenant: &TenantId) {
+        self.grammars.forget(tenant);
+        self.erased.lock().push(tenant.clone());
+        self.queue.wake();
+    }
+
+    /// Taken by the engine.
+    pub fn take_erased(&self) -> Vec<TenantId> {
+        std::mem::take(&mut *self.erased.lock())
     }
 
     /// Whether the engine thread runs.

@@ -12,7 +12,7 @@ use scheduler::grammar::CompiledGrammar;
 use scheduler::source::{CancelFlag, Charge, Room, Work, WorkSource};
 use shared::error::{ErrorKind, RequestError};
 use shared::hash::ContentHash;
-use shared::id::{RequestId, Route};
+use shared::id::{RequestId, Route, TenantId};
 use shared::request::Envelope;
 use shared::tenant::{Fallback, Tier};
 use shared::token::TokenEvent;
@@ -161,6 +161,10 @@ impl WorkSource for EngineSource {
 
     fn left(&mut self, id: RequestId) {
         self.queue().left(id);
+    }
+
+    fn forgotten(&mut self) -> Vec<TenantId> {
+        self.room.take_erased()
     }
 
     fn park(&mut self, timeout: Duration) {
