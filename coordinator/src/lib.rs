@@ -2,7 +2,7 @@
 //!
 //! | fact | owner | readers |
 //! |---|---|---|
-//! | tenant records, API-key hashes, adapter versions, task pointers | [`registry::Registry`] (one writer thread below [`registry::actor::RegistryActor`]) | everyone, through [`registry::snapshot::Snapshot`] |
+//! | tenant records, API-key hashes, adapter versions, task pointers | [`registry::Registry`] (one writer thread below its actor) | everyone, through [`registry::snapshot::Snapshot`] |
 //! | who a key belongs to | [`auth`]: only a snapshot makes an [`auth::AuthedTenant`] | gateway |
 //! | what a `model` field means | [`resolve`] (core) | gateway |
 //! | what a tenant has used of its rates | [`admission`] (core), held by the gateway behind one short lock | gateway |

@@ -1,8 +1,8 @@
 //! The operators' API on its own port: tenants, keys, adapter versions, tasks, status, metrics.
 //!
 //! Every route but health needs the node's admin key. Handlers translate bodies to registry commands; the
-//! registry decides. Reading order: [`api`] is what operators send and see, [`tenants`] and [`adapters`] are
-//! the handlers, [`status`] reads the node's state.
+//! registry decides. Reading order: [`api`] is what operators send and see, `tenants` and `adapters` are
+//! the handlers, `status` reads the node's state.
 
 pub mod api;
 mod adapters;

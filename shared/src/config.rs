@@ -1,6 +1,6 @@
 //! The cluster's configuration: one validated, immutable value that every node builds from the same file.
 //!
-//! [`file`] mirrors `cluster.toml` key for key and holds the defaults; [`ClusterConfig::load`] checks every
+//! [`mod@file`] mirrors `cluster.toml` key for key and holds the defaults; [`ClusterConfig::load`] checks every
 //! value before a port opens and names file, line, key, value and what would be allowed. Tenants are not
 //! configuration: they live in the registry.
 

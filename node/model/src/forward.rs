@@ -1,8 +1,8 @@
 //! Computes one [`Step`]: embeds the tokens, sends them through the blocks, and returns the logits asked for.
 //!
 //! Called by the engine thread through [`Forward`]. Reading order: [`Forward::forward`] below composes the pass,
-//! [`plan`] turns a step into row ranges and checks its bounds, [`block`] is the transformer block line by line,
-//! [`rotary`] derives the rotary frequencies, [`buffers`] owns the activations.
+//! `plan` turns a step into row ranges and checks its bounds, `block` is the transformer block line by line,
+//! `rotary` derives the rotary frequencies, `buffers` owns the activations.
 //!
 //! What it does not do: plan batches, choose tokens, own pages (the scheduler does; here a page is a number).
 //!
