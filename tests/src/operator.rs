@@ -34,7 +34,15 @@ pub fn upload(node: &NodeProcess, name: &str, files: &AdapterFiles) -> Answer {
 }
 
 /// PUT of a form with these parts on the admin port.
+///
+/// # Panics
+/// When the node does not answer.
 pub fn form(node: &NodeProcess, path: &str, parts: &[(&str, &[u8])]) -> Answer {
+    try_form(node, path, parts).expect("the node answers")
+}
+
+/// As [`form`]; `None` when the node cut the connection while the form was still being sent.
+pub fn try_form(node: &NodeProcess, path: &str, parts: &[(&str, &[u8])]) -> Option<Answer> {
     const BOUNDARY: &str = "a-line-that-no-weight-contains-7f3e";
     let mut body = Vec::new();
     for (name, bytes) in parts {
@@ -51,7 +59,7 @@ pub fn form(node: &NodeProcess, path: &str, parts: &[(&str, &[u8])]) -> Answer {
         .put(format!("{}{path}", node.admin_url()))
         .header("authorization", format!("Bearer {}", node.admin_key()))
         .header("content-type", format!("multipart/form-data; boundary={BOUNDARY}"));
-    crate::process::read(request.send(&body[..]).expect("the node answers"))
+    request.send(&body[..]).ok().map(crate::process::read)
 }
 
 /// Uploads files under a full version name, which must succeed, and points the name's task at them.

@@ -22,7 +22,13 @@ pub(super) async fn upload(
     form: Result<Multipart, axum::extract::multipart::MultipartRejection>,
 ) -> Response<Body> {
     let outcome = match form {
-        Ok(form) => store(&admin, &tenant, &name, form).await,
+        Ok(mut form) => {
+            let outcome = store(&admin, &tenant, &name, &mut form).await;
+            if outcome.is_err() {
+                drain(&mut form).await;
+            }
+            outcome
+        }
         Err(rejection) => Err(RequestError::new(
             ErrorKind::Invalid,
             "invalid_body",
@@ -36,7 +42,7 @@ pub(super) async fn remove(State(admin): Shared, Path((tenant, name)): Path<(Str
     answer(StatusCode::OK, remove_version(&admin, &tenant, &name).await)
 }
 
-async fn store(admin: &Admin, tenant: &str, name: &str, form: Multipart) -> Result<AdapterView, RequestError> {
+async fn store(admin: &Admin, tenant: &str, name: &str, form: &mut Multipart) -> Result<AdapterView, RequestError> {
     let (tenant, name) = owned(tenant, name)?;
     let snapshot = admin.app.registry().snapshot();
     let owner = snapshot
@@ -95,7 +101,7 @@ fn owned(tenant: &str, name: &str) -> Result<(TenantId, AdapterName), RequestErr
 }
 
 /// The form's parts: `config` and `weights`, or `gguf`. The body limit bounds their size.
-async fn read_files(mut form: Multipart) -> Result<AdapterFiles, RequestError> {
+async fn read_files(form: &mut Multipart) -> Result<AdapterFiles, RequestError> {
     let (mut config, mut weights, mut gguf) = (None, None, None);
     while let Some(field) = form.next_field().await.map_err(|error| malformed(&error))? {
         let slot = match field.name() {
@@ -121,6 +127,14 @@ async fn read_files(mut form: Multipart) -> Result<AdapterFiles, RequestError> {
             "invalid_body",
             "send the parts config and weights (PEFT), or the part gguf",
         )),
+    }
+}
+
+/// Reads what is left, within the body limit: a client that is still sending would see a broken connection
+/// instead of the answer.
+async fn drain(form: &mut Multipart) {
+    while let Ok(Some(mut field)) = form.next_field().await {
+        while let Ok(Some(_)) = field.chunk().await {}
     }
 }
 
