@@ -116,6 +116,7 @@ fn crates_import_only_downwards() {
         ("adapters", &["shared", "model"]),
         ("scheduler", &["shared", "model", "adapters", "kernels"]),
         ("node", &["shared", "kernels", "coordinator", "model", "scheduler", "queue", "adapters"]),
+        ("bench", &["shared"]),
         ("tests", &["shared", "kernels", "coordinator", "model", "scheduler", "queue", "adapters", "node"]),
     ]);
     let mut violations = Vec::new();
