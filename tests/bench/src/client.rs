@@ -58,6 +58,34 @@ impl Client {
     }
 
     async fn exchange(&mut self, key: &str, body: Bytes, answer: &mut Answer) -> Result<Ending> {
+        let (mut sender, was_kept) = match self.kept().await {
+            Some(sender) => (sender, true),
+            None => (self.connect().await?, false),
+        };
+        let response = match sender.send_request(self.request(key, body.clone())?).await {
+            Ok(response) => response,
+            // Servers may close a connection that was kept at any time; that says nothing about the request.
+            Err(_) if was_kept => {
+                sender = self.connect().await?;
+                sender.send_request(self.request(key, body)?).await.context("send")?
+            }
+            Err(error) => return Err(error).context("send"),
+        };
+        let status = response.status();
+        let outcome =
+            if status.is_success() { stream(response.into_body(), answer).await } else { refused(response).await };
+        self.sender = Some(sender);
+        outcome
+    }
+
+    /// The connection of the last request, if the server has not closed it.
+    async fn kept(&mut self) -> Option<SendRequest<Full<Bytes>>> {
+        let mut sender = self.sender.take()?;
+        sender.ready().await.ok()?;
+        Some(sender)
+    }
+
+    fn request(&self, key: &str, body: Bytes) -> Result<Request<Full<Bytes>>> {
         let mut request = Request::post(&self.path)
             .header("host", &self.authority)
             .header("content-type", "application/json")
@@ -67,21 +95,10 @@ impl Client {
             let value = format!("Bearer {key}").parse().context("a key is a header value")?;
             request.headers_mut().insert("authorization", value);
         }
-        let mut sender = self.connected().await?;
-        let response = sender.send_request(request).await.context("send")?;
-        let status = response.status();
-        let outcome =
-            if status.is_success() { stream(response.into_body(), answer).await } else { refused(response).await };
-        self.sender = Some(sender);
-        outcome
+        Ok(request)
     }
 
-    async fn connected(&mut self) -> Result<SendRequest<Full<Bytes>>> {
-        if let Some(mut sender) = self.sender.take()
-            && sender.ready().await.is_ok()
-        {
-            return Ok(sender);
-        }
+    async fn connect(&self) -> Result<SendRequest<Full<Bytes>>> {
         let socket = TcpStream::connect(&self.authority).await.context("connect")?;
         socket.set_nodelay(true).context("set no delay")?;
         let (sender, connection) = handshake(TokioIo::new(socket)).await.context("shake hands")?;

@@ -64,7 +64,7 @@ pub struct Outcome {
 
 struct Run {
     load: Load,
-    picker: Picker,
+    picker: RefCell<Picker>,
     root: Random,
     records: RefCell<Vec<Record>>,
     /// Requests sent or being sent.
@@ -78,7 +78,7 @@ struct Run {
 pub async fn run(load: Load, on_start: impl FnOnce() + 'static) -> Outcome {
     let streams = streams(&load);
     let run = Rc::new(Run {
-        picker: Picker::new(load.draw, load.tenants.len()),
+        picker: RefCell::new(Picker::new(load.draw, load.tenants.len())),
         root: Random::new(load.seed),
         records: RefCell::default(),
         n_sent: Cell::new(0),
@@ -170,7 +170,7 @@ async fn poisson(run: &Rc<Run>, rate_per_s: f64, tasks: &mut JoinSet<()>) {
 
 /// Asks once and keeps the record if it is part of the measurement.
 async fn ask(run: &Run, client: &mut Client, tenant: Option<usize>, random: &mut Random, measured: bool) {
-    let place = tenant.unwrap_or_else(|| run.picker.pick(random));
+    let place = tenant.unwrap_or_else(|| run.picker.borrow_mut().pick(random));
     let tenant = &run.load.tenants[place];
     let prompt = prompt::words(tenant.prompt_tokens.unwrap_or(run.load.prompt_tokens), random);
     let body = prompt::body(tenant, &prompt, tenant.output_tokens.unwrap_or(run.load.output_tokens));

@@ -38,7 +38,7 @@ struct Options {
     /// Model of the only tenant.
     #[arg(long, default_value = "")]
     model: String,
-    /// How requests fall on tenants: pinned, uniform, zipf:1.0, 80-20.
+    /// How requests fall on tenants: pinned, cycle, uniform, zipf:1.0, 80-20.
     #[arg(long, default_value = "uniform")]
     draw: Draw,
     /// Closed loop with this many streams; pinned tenants have their own.

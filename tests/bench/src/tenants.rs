@@ -45,6 +45,8 @@ fn one() -> usize {
 pub enum Draw {
     /// Each tenant has streams of its own and is asked by nobody else.
     Pinned,
+    /// Requests take the tenants in the order of the file, over and over; with one stream, one after the other.
+    Cycle,
     /// Every request picks a tenant, all alike.
     Uniform,
     /// Every request picks; the tenant at place k (from 1) with a chance proportional to k to the power of −s.
@@ -59,9 +61,10 @@ impl FromStr for Draw {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let unknown = || format!("{text:?} is no law; hint: pinned, uniform, zipf:1.0 or 80-20");
+        let unknown = || format!("{text:?} is no law; hint: pinned, cycle, uniform, zipf:1.0 or 80-20");
         match text {
             "pinned" => Ok(Self::Pinned),
+            "cycle" => Ok(Self::Cycle),
             "uniform" => Ok(Self::Uniform),
             "80-20" => Ok(Self::EightyTwenty),
             _ => {
@@ -76,6 +79,7 @@ impl fmt::Display for Draw {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Pinned => f.write_str("pinned"),
+            Self::Cycle => f.write_str("cycle"),
             Self::Uniform => f.write_str("uniform"),
             Self::Zipf(s) => write!(f, "zipf:{s}"),
             Self::EightyTwenty => f.write_str("80-20"),
@@ -86,6 +90,8 @@ impl fmt::Display for Draw {
 /// Picks tenants by a law.
 #[derive(Debug, Clone)]
 pub struct Picker {
+    /// Requests taken so far, where they take turns.
+    turn: Option<usize>,
     /// Chance of the places up to and with this one; the last is 1.
     cumulative: Vec<f64>,
 }
@@ -101,7 +107,7 @@ impl Picker {
         assert!(n > 0, "a run has tenants");
         let n_heavy = n.div_ceil(5);
         let weight = |place: usize| match draw {
-            Draw::Pinned | Draw::Uniform => 1.0,
+            Draw::Pinned | Draw::Cycle | Draw::Uniform => 1.0,
             Draw::Zipf(s) => (place as f64 + 1.0).powf(-s),
             Draw::EightyTwenty if place < n_heavy => 0.8 / n_heavy as f64,
             Draw::EightyTwenty => 0.2 / (n - n_heavy) as f64,
@@ -112,11 +118,15 @@ impl Picker {
             sum += weight(place) / total;
             sum
         });
-        Self { cumulative: cumulative.collect() }
+        Self { turn: (draw == Draw::Cycle).then_some(0), cumulative: cumulative.collect() }
     }
 
     /// The place of the next tenant.
-    pub fn pick(&self, random: &mut Random) -> usize {
+    pub fn pick(&mut self, random: &mut Random) -> usize {
+        if let Some(turn) = &mut self.turn {
+            *turn += 1;
+            return (*turn - 1) % self.cumulative.len();
+        }
         let at = random.unit();
         self.cumulative.partition_point(|&sum| sum <= at).min(self.cumulative.len() - 1)
     }
@@ -127,7 +137,7 @@ mod tests {
     use super::*;
 
     fn shares(draw: Draw, n: usize) -> Vec<f64> {
-        let (picker, mut random) = (Picker::new(draw, n), Random::new(1));
+        let (mut picker, mut random) = (Picker::new(draw, n), Random::new(1));
         let mut counts = vec![0_u32; n];
         (0..100_000).for_each(|_| counts[picker.pick(&mut random)] += 1);
         counts.into_iter().map(|count| f64::from(count) / 100_000.0).collect()
@@ -154,15 +164,22 @@ mod tests {
     }
 
     #[test]
+    fn a_cycle_takes_tenants_in_order() {
+        let (mut picker, mut random) = (Picker::new(Draw::Cycle, 3), Random::new(1));
+        let places: Vec<usize> = (0..5).map(|_| picker.pick(&mut random)).collect();
+        assert_eq!(places, [0, 1, 2, 0, 1]);
+    }
+
+    #[test]
     fn one_tenant_gets_everything_under_every_law() {
-        for draw in [Draw::Pinned, Draw::Uniform, Draw::Zipf(1.0), Draw::EightyTwenty] {
+        for draw in [Draw::Pinned, Draw::Cycle, Draw::Uniform, Draw::Zipf(1.0), Draw::EightyTwenty] {
             assert_eq!(shares(draw, 1), [1.0], "{draw}");
         }
     }
 
     #[test]
     fn laws_read_what_they_print() {
-        for draw in [Draw::Pinned, Draw::Uniform, Draw::Zipf(1.2), Draw::EightyTwenty] {
+        for draw in [Draw::Pinned, Draw::Cycle, Draw::Uniform, Draw::Zipf(1.2), Draw::EightyTwenty] {
             assert_eq!(draw.to_string().parse(), Ok(draw));
         }
         for wrong in ["", "zipf", "zipf:", "zipf:nan", "zipf:-1", "20-80"] {
