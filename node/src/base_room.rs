@@ -187,6 +187,7 @@ impl EngineOptions {
         let scheduling = EngineConfig {
             sequences_max: engine.sequences,
             prefill_rows_max: engine.prefill_chunk,
+            prefill_stretch: engine.prefill_stretch,
             logits_rows_max: engine.sequences,
             reserve: ClassReserve { shares: engine.reserves.map(|share| share as f32), delay_max: RESERVE_DELAY_MAX },
             prefix_cache: quota > 0,

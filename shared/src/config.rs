@@ -74,8 +74,10 @@ pub struct EngineConfig {
     pub threads: usize,
     /// Most rows (tokens) in one step.
     pub rows_per_step: usize,
-    /// Most prompt rows of one sequence in one step.
+    /// Most prompt rows in one step.
     pub prefill_chunk: usize,
+    /// How much prompts may prolong a step that also decodes, in times of what it takes without them.
+    pub prefill_stretch: f64,
     /// Most sequences running at once.
     pub sequences: usize,
     /// Bytes of KV pages.
@@ -327,11 +329,13 @@ impl Checker<'_> {
                 "lower engine.sequences or raise engine.rows_per_step",
             ));
         }
+        self.fraction(&["engine", "prefill_stretch"], engine.prefill_stretch, 100.0)?;
         self.fraction(&["engine", "prefix_cache_share"], engine.prefix_cache_share, 1.0)?;
         Ok(EngineConfig {
             threads: if threads == 0 { cores } else { threads },
             rows_per_step,
             prefill_chunk: prefill_chunk.min(rows_per_step),
+            prefill_stretch: engine.prefill_stretch,
             sequences,
             kv_bytes: self.range(&["engine", "kv_mib"], engine.kv_mib, 8, 4 << 20)? << 20,
             prefix_cache_share: engine.prefix_cache_share,

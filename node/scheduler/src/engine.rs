@@ -41,6 +41,8 @@ pub struct EngineConfig {
     pub sequences_max: usize,
     /// Most prompt rows of a step.
     pub prefill_rows_max: usize,
+    /// How much prompts may prolong a step that also decodes, in times of what it takes without them.
+    pub prefill_stretch: f64,
     /// Most rows of one sequence whose logits are all wanted (prompt log-probabilities).
     pub logits_rows_max: usize,
     /// Step time reserved for service classes.
@@ -63,6 +65,7 @@ impl EngineConfig {
             context,
             sequences_max: 64,
             prefill_rows_max: 128,
+            prefill_stretch: 1.0,
             logits_rows_max: 64,
             reserve: ClassReserve { shares: [0.0; 3], delay_max: Duration::from_millis(50) },
             prefix_cache: true,

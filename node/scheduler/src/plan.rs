@@ -6,16 +6,20 @@
 //! Whose turn it is among tenants is the fair queue's business; here only service classes with reserved step time
 //! ([`reserve`]) come before others.
 
+pub mod cost;
 pub mod reserve;
 
 use shared::tenant::Tier;
 
 use crate::blocks::BlockPool;
 use crate::sequence::{Phase, Sequence};
-use reserve::{ClassReserve, CostModel, Ledger, StepBudget};
+use cost::{CostModel, Load};
+use reserve::{ClassReserve, Ledger, StepBudget};
 
 /// Smallest chunk worth a run of its own: below it, weights are read for too few rows.
 const CHUNK_ROWS_MIN: usize = 16;
+/// Prompt rows always possible beside decoding sequences: prompts must get on.
+const ROWS_BESIDE_MIN: usize = 8;
 
 /// Limits of a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -24,6 +28,9 @@ pub struct PlanConfig {
     pub rows_max: usize,
     /// Most prompt rows of a step: bounds how long decoding sequences wait for a prompt.
     pub prefill_rows_max: usize,
+    /// How much prompts may prolong a step that also decodes, in times of what it takes without them: bounds how
+    /// uneven the times between tokens are. A few rows are always possible.
+    pub prefill_stretch: f64,
     /// Most rows of one sequence whose logits are all wanted: bounds memory (4 bytes × vocabulary each).
     pub logits_rows_max: usize,
     /// Step time reserved for service classes.
@@ -39,6 +46,13 @@ pub struct Planned {
     pub n_rows: usize,
 }
 
+impl Planned {
+    /// What it adds to a step.
+    fn load(&self, sequences: &[Sequence]) -> Load {
+        Load { n_rows: self.n_rows, n_logits: sequences[self.at].wanted_logits(self.n_rows).len() }
+    }
+}
+
 /// The next step.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StepPlan {
@@ -49,6 +63,13 @@ pub struct StepPlan {
 }
 
 impl StepPlan {
+    /// What the step computes.
+    pub fn load(&self, sequences: &[Sequence]) -> Load {
+        let mut load = Load::default();
+        self.runs.iter().for_each(|run| load += run.load(sequences));
+        load
+    }
+
     /// Rows of the step.
     pub fn n_rows(&self) -> usize {
         self.runs.iter().map(|run| run.n_rows).sum()
@@ -80,13 +101,13 @@ impl Planner {
         let n_preempted = readmit(sequences, pool);
         let runnable =
             Tier::ALL.map(|tier| sequences.iter().any(|sequence| sequence.tier == tier && is_ready(sequence)));
-        let budget = self.ledger.open(runnable, *cost);
+        let budget = self.ledger.open(runnable, cost.cost());
         let mut draft =
             Draft { sequences, pool, step: self.n_steps, budget, config: self.config, runs: Vec::new(), n_preempted };
         draft.fill();
         if draft.runs.is_empty() && runnable.contains(&true) {
             // A reserve must not stop the engine when its own class cannot run.
-            draft.budget = StepBudget::unlimited();
+            draft.budget = StepBudget::unlimited(cost.cost());
             draft.fill();
         }
         let Draft { mut runs, n_preempted, sequences, .. } = draft;
@@ -96,9 +117,9 @@ impl Planner {
 
     /// Books the time a planned step took.
     pub fn measured(&mut self, plan: &StepPlan, sequences: &[Sequence], took: std::time::Duration, cost: &CostModel) {
-        let mut rows = [0; 3];
-        plan.runs.iter().for_each(|run| rows[sequences[run.at].tier as usize] += run.n_rows);
-        self.ledger.close(rows, took, cost);
+        let mut loads = [Load::default(); 3];
+        plan.runs.iter().for_each(|run| loads[sequences[run.at].tier as usize] += run.load(sequences));
+        self.ledger.close(loads, took, cost.cost());
     }
 }
 
@@ -184,9 +205,14 @@ impl Draft<'_> {
 
     fn add_prefills(&mut self, tier: Tier) {
         let members = self.members(tier, Phase::Prefill);
-        let n_planned: usize =
-            self.runs.iter().filter(|run| self.sequences[run.at].phase() == Phase::Prefill).map(|run| run.n_rows).sum();
-        let mut n_left = (self.config.prefill_rows_max - n_planned)
+        let prefills = self.runs.iter().filter(|run| self.sequences[run.at].phase() == Phase::Prefill);
+        let (n_prefills, n_planned) = prefills.fold((0, 0), |(n, rows), run| (n + 1, rows + run.n_rows));
+        let n_decode = self.runs.len() - n_prefills;
+        let n_beside = match n_decode {
+            0 => usize::MAX,
+            _ => self.budget.prefill_rows_beside(n_decode, self.config.prefill_stretch).max(ROWS_BESIDE_MIN),
+        };
+        let mut n_left = (self.config.prefill_rows_max.min(n_beside).saturating_sub(n_planned))
             .min(self.config.rows_max - self.n_rows())
             .min(self.budget.prefill_rows(tier));
         let want = |&at: &usize| {
@@ -216,9 +242,10 @@ impl Draft<'_> {
         while n_rows > 0 && is_ready(&self.sequences[at]) {
             let n_rows = self.sequences[at].reserve(n_rows, self.pool);
             if n_rows > 0 {
-                self.budget.take(self.sequences[at].tier, n_rows);
+                let planned = Planned { at, n_rows };
+                self.budget.take(self.sequences[at].tier, planned.load(self.sequences));
                 self.sequences[at].last_step = self.step;
-                self.runs.push(Planned { at, n_rows });
+                self.runs.push(planned);
                 return n_rows;
             }
             let Some(victim) = self.victim(at) else {

@@ -187,6 +187,18 @@ impl Sequence {
         self.charged = self.prompt_len;
     }
 
+    /// Of the next `n_rows`, those whose logits are wanted: all of a prompt with log-probabilities, else the newest
+    /// token's.
+    pub fn wanted_logits(&self, n_rows: usize) -> std::ops::Range<usize> {
+        if self.all_logits {
+            0..n_rows
+        } else if n_rows == self.n_pending() {
+            n_rows - 1..n_rows
+        } else {
+            0..0
+        }
+    }
+
     /// Makes room for up to `n_rows` more tokens; returns for how many there is.
     pub fn reserve(&mut self, n_rows: usize, pool: &mut BlockPool) -> usize {
         assert!(matches!(self.phase, Phase::Prefill | Phase::Decode) && n_rows <= self.n_pending());

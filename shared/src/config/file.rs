@@ -99,8 +99,10 @@ pub struct Engine {
     pub threads: usize,
     /// Rows in one step.
     pub rows_per_step: usize,
-    /// Prompt rows of one sequence in one step.
+    /// Prompt rows in one step.
     pub prefill_chunk: usize,
+    /// Times by which prompts may prolong a step that also decodes.
+    pub prefill_stretch: f64,
     /// Sequences at once.
     pub sequences: usize,
     /// MiB of KV pages.
@@ -114,7 +116,8 @@ impl Default for Engine {
         Self {
             threads: 0,
             rows_per_step: 256,
-            prefill_chunk: 128,
+            prefill_chunk: 256,
+            prefill_stretch: 1.0,
             sequences: 64,
             kv_mib: 512,
             prefix_cache_share: 0.25,

@@ -17,7 +17,7 @@ use super::stats::EngineSnapshot;
 use super::{EngineConfig, EngineShape};
 use crate::blocks::{BlockPool, PoolConfig};
 use crate::grammar::GrammarError;
-use crate::plan::reserve::CostModel;
+use crate::plan::cost::CostModel;
 use crate::plan::{PlanConfig, Planner, StepPlan};
 use crate::sampler::{Draw, SampleError, Sampler};
 use crate::sequence::{Phase, Sequence, SequenceInit};
@@ -58,6 +58,7 @@ impl Batch {
         let planner = Planner::new(PlanConfig {
             rows_max: shape.rows_max,
             prefill_rows_max: config.prefill_rows_max,
+            prefill_stretch: config.prefill_stretch,
             logits_rows_max: config.logits_rows_max,
             reserve: config.reserve,
         });
@@ -260,7 +261,7 @@ impl Batch {
             let sequence = &self.sequences[planned.at];
             let start = sequence.computed();
             let tokens = sequence.tokens()[start..start + planned.n_rows].to_vec();
-            let logits = wanted_logits(sequence, planned.n_rows).collect();
+            let logits = sequence.wanted_logits(planned.n_rows).collect();
             let lease = &self.requests[&sequence.request].work.lease;
             let adapter = lease.as_ref().map(|lease| Arc::clone(lease.adapter()));
             Run { tokens, start, pages: sequence.pages().to_vec(), adapter, logits }
@@ -273,13 +274,13 @@ impl Batch {
     /// Takes the results of a step in: pages are published, tokens chosen and sent, ends noticed.
     pub(super) fn settle(&mut self, plan: &StepPlan, logits: &[f32], took: Duration, now: Instant) {
         let n_rows = plan.n_rows();
-        self.cost.learn(n_rows, took);
+        self.cost.learn(plan.load(&self.sequences), took);
         self.planner.measured(plan, &self.sequences, took, &self.cost);
         let mut rows = logits.chunks_exact(self.shape.vocab);
         let mut failed: Vec<(u64, RequestError)> = Vec::new();
         for planned in &plan.runs {
             let number = self.sequences[planned.at].request;
-            let n_logits = wanted_logits(&self.sequences[planned.at], planned.n_rows).count();
+            let n_logits = self.sequences[planned.at].wanted_logits(planned.n_rows).len();
             let rows: Vec<&[f32]> = rows.by_ref().take(n_logits).collect();
             assert_eq!(rows.len(), n_logits, "the forward pass returns the logits asked for");
             let request = self.requests.get_mut(&number).expect("a planned sequence has a request");
@@ -472,17 +473,6 @@ impl Batch {
         self.stats.kv_pages_used = u64::from(usage.used);
         self.stats.kv_pages_cached = u64::from(usage.cached);
         self.stats.kv_pages_free = u64::from(usage.free);
-    }
-}
-
-/// Rows of the next `n_rows` whose logits are wanted: all of a prompt with log-probabilities, else the newest token's.
-fn wanted_logits(sequence: &Sequence, n_rows: usize) -> std::ops::Range<usize> {
-    if sequence.all_logits {
-        0..n_rows
-    } else if n_rows == sequence.n_pending() {
-        n_rows - 1..n_rows
-    } else {
-        0..0
     }
 }
 

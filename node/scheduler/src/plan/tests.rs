@@ -16,7 +16,7 @@ fn pool(n_pages: u32) -> BlockPool {
 }
 
 fn config(reserve: ClassReserve) -> PlanConfig {
-    PlanConfig { rows_max: 64, prefill_rows_max: 32, logits_rows_max: 8, reserve }
+    PlanConfig { rows_max: 64, prefill_rows_max: 32, prefill_stretch: 100.0, logits_rows_max: 8, reserve }
 }
 
 /// An entered sequence with a prompt of this many tokens.
@@ -182,7 +182,7 @@ fn class_times(tiers: &[Tier], reserve: ClassReserve, owner: Tier, n_steps: usiz
         own += if n_own > 0.0 { fixed + n_own } else { 0.0 };
         others += if n_own > 0.0 { n_others } else { fixed + n_others };
         let took = Duration::from_secs_f64((fixed + plan.n_rows() as f64) / 1000.0);
-        cost.learn(plan.n_rows(), took);
+        cost.learn(plan.load(&sequences), took);
         planner.measured(&plan, &sequences, took, &cost);
         run(&plan, &mut sequences, &mut pool);
     }
@@ -236,17 +236,25 @@ fn an_idle_reserve_bounds_the_steps_of_others_and_starves_nobody() {
 }
 
 #[test]
-fn the_cost_model_finds_fixed_and_row_cost() {
+fn prompts_prolong_a_decoding_step_only_as_far_as_allowed() {
+    let mut pool = pool(1000);
+    let mut planner = Planner::new(PlanConfig { rows_max: 64, prefill_stretch: 1.0, ..config(ClassReserve::NONE) });
     let mut cost = CostModel::default();
-    for n_rows in (1..60).cycle().take(600) {
-        cost.learn(n_rows, Duration::from_micros(3000 + 250 * n_rows as u64));
+    for n in 1..400 {
+        // 4 ms a step, 0.25 ms a row, as much again with logits.
+        let load = Load { n_rows: n % 30 + 4, n_logits: n % 5 };
+        cost.learn(load, Duration::from_micros(4000 + 250 * (load.n_rows + load.n_logits) as u64));
     }
-    let (fixed, row) = cost.secs();
-    assert!((fixed - 3e-3).abs() < 1e-4 && (row - 0.25e-3).abs() < 1e-5, "{fixed} {row}");
-    let mut flat = CostModel::default();
-    (0..2000).for_each(|_| flat.learn(8, Duration::from_millis(4)));
-    let (fixed, row) = flat.secs();
-    assert!((fixed + 8.0 * row - 4e-3).abs() < 1e-4, "{fixed} {row}");
+    let mut sequences = vec![sequence(1, Tier::Shared, 1, None, &mut pool)];
+    let plan = planner.plan(&mut sequences, &mut pool, &cost);
+    run(&plan, &mut sequences, &mut pool);
+    sequences.push(sequence(2, Tier::Shared, 500, None, &mut pool));
+    let plan = planner.plan(&mut sequences, &mut pool, &cost);
+    let n_prompt = plan.n_rows() - 1;
+    assert!((16..=19).contains(&n_prompt), "4.5 ms more are 18 rows, not {n_prompt}");
+    sequences[0].parked = true;
+    let plan = planner.plan(&mut sequences, &mut pool, &cost);
+    assert_eq!(plan.n_rows(), 32, "nobody waits: as much as a step may have");
 }
 
 proptest! {
@@ -257,7 +265,7 @@ proptest! {
         shares in prop::array::uniform3(prop::sample::select(vec![0.0_f32, 0.3, 0.9])),
     ) {
         let mut pool = pool(n_pages);
-        let mut planner = Planner::new(PlanConfig { rows_max, prefill_rows_max, logits_rows_max: 8, reserve: reserve(shares) });
+        let mut planner = Planner::new(PlanConfig { rows_max, prefill_rows_max, prefill_stretch: 1.0, logits_rows_max: 8, reserve: reserve(shares) });
         let mut sequences: Vec<Sequence> = prompts
             .iter()
             .zip(1..)
