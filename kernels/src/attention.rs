@@ -7,19 +7,18 @@
 //! where a chunk or a tile begins. Slots past a row's position are never part of its result, whatever they hold.
 
 mod scalar;
-#[cfg(target_arch = "x86_64")]
-mod avx512;
+mod vector;
 
 use std::ops::Range;
 
 use crate::aligned::{Aligned, OutMat};
-use crate::backend::{self, Backend};
+use crate::backend;
 use crate::kv::{KvPool, PAGE_TOKENS};
 use crate::pool::Pool;
 
 /// Query vectors of one unit, at most (one row's group of heads may be larger): they share loads of keys and values,
-/// and their probabilities at 8,192 positions fill half an L2 cache.
-const QUERIES: usize = 16;
+/// and their probabilities at 8,192 positions fill most of an L2 cache.
+const QUERIES: usize = 24;
 
 /// Consecutive rows of one sequence.
 #[derive(Debug, Clone)]
@@ -101,8 +100,9 @@ pub fn attention(
             let rows = first..(first + rows_per_tile).min(run.rows.end);
             let position = run.start + tile * rows_per_tile;
             let pages = run.pages;
-            Unit { q, out: target, kv, layer, kv_head, group, rows, position, pages, scale, stride }
-                .run(backend, probabilities);
+            let unit = Unit { q, out: target, kv, layer, kv_head, group, rows, position, pages, scale, stride };
+            // SAFETY: the active backend is available; shapes were checked on entry, and units are disjoint.
+            unsafe { backend.run(vector::Attend(&unit, probabilities), |k| scalar::run(k.0, k.1)) };
         }
     });
 }
@@ -138,15 +138,6 @@ struct Query {
 // === impl Unit ===
 
 impl Unit<'_> {
-    fn run(&self, backend: Backend, probabilities: &mut [f32]) {
-        match backend {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: this backend is active only where its instructions were found; shapes were checked on entry.
-            Backend::Avx512 => unsafe { avx512::run(self, probabilities) },
-            _ => scalar::run(self, probabilities),
-        }
-    }
-
     fn n_queries(&self) -> usize {
         self.rows.len() * self.group
     }

@@ -3,12 +3,15 @@
 //! Knows nothing of models, tenants or requests: plain slices in, plain slices out. Each operation is a folder with a
 //! safe entry that checks every length, a scalar reference, and backends chosen at run time.
 //!
-//! | operation | scalar | AVX-512 |
-//! |---|---|---|
-//! | [`matmul`]: activations (f32 or int8) × packed weights (GGUF blocks, f32, f16, bf16) | yes | F, BW, VL, VNNI |
-//! | [`lora`]: per-row adapter deltas, ranks 1 to 256 mixed, DoRA | yes | F, BW, VL |
-//! | [`attention`]: causal, grouped heads, over [`kv`] pages in f32 or f16 | yes | F, BW, VL |
-//! | [`ops`]: RMS norm, rotary, SwiGLU, exponential, maximum | yes | F |
+//! | operation | what |
+//! |---|---|
+//! | [`matmul`] | activations (f32 or int8) × packed weights (GGUF blocks, f32, f16, bf16) |
+//! | [`lora`] | per-row adapter deltas, ranks 1 to 256 mixed, DoRA |
+//! | [`attention`] | causal, grouped heads, over [`kv`] pages in f32 or f16 |
+//! | [`ops`] | RMS norm, rotary, SwiGLU, exponential, maximum |
+//!
+//! Each has a scalar reference and one vector form, written against sixteen lanes (`simd`) and compiled for AVX2, AVX2
+//! with AVX-VNNI, and AVX-512 with VNNI. On other machines, ARM included, the scalar reference runs.
 //!
 //! **Invariant: every backend gives the bits of the scalar reference.** Vector lanes are independent outputs (columns,
 //! positions, dimensions); each output is one fixed sequence of operations, fused multiply-adds where the reference has
@@ -25,7 +28,6 @@
 pub mod backend;
 pub mod pool;
 mod aligned;
-#[cfg(target_arch = "x86_64")]
 mod simd;
 pub mod matrix;
 pub mod matmul;

@@ -7,8 +7,7 @@
 
 mod pair;
 mod scalar;
-#[cfg(target_arch = "x86_64")]
-mod avx512;
+mod vector;
 
 use std::ops::Range;
 
@@ -117,13 +116,9 @@ impl Work<'_> {
     /// # Safety
     /// No other thread touches these panels of these rows of `shrunk`.
     unsafe fn shrink(&self, tile: &Tile<'_>, panels: Range<usize>) {
-        match self.backend {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: active only where its instructions were found; the rest is the contract of this function.
-            Backend::Avx512 => unsafe { avx512::shrink(self, tile, panels) },
-            // SAFETY: the contract of this function.
-            _ => unsafe { scalar::shrink(self, tile, panels) },
-        }
+        let kernel = vector::Shrink(self, tile, panels);
+        // SAFETY: the active backend is available; the rest is the contract of this function.
+        unsafe { self.backend.run(kernel, |k| scalar::shrink(k.0, k.1, k.2)) };
     }
 
     /// `y` for 16-column panels of a tile.
@@ -131,13 +126,9 @@ impl Work<'_> {
     /// # Safety
     /// No other thread touches these panels of these rows of `y`, and the tile's rows of `shrunk` are complete.
     unsafe fn expand(&self, tile: &Tile<'_>, panels: Range<usize>) {
-        match self.backend {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: active only where its instructions were found; the rest is the contract of this function.
-            Backend::Avx512 => unsafe { avx512::expand(self, tile, panels) },
-            // SAFETY: the contract of this function.
-            _ => unsafe { scalar::expand(self, tile, panels) },
-        }
+        let kernel = vector::Expand(self, tile, panels);
+        // SAFETY: the active backend is available; the rest is the contract of this function.
+        unsafe { self.backend.run(kernel, |k| scalar::expand(k.0, k.1, k.2)) };
     }
 
     fn x_row(&self, row: usize) -> &[f32] {

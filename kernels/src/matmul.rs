@@ -7,8 +7,7 @@
 
 mod quantise;
 mod scalar;
-#[cfg(target_arch = "x86_64")]
-mod avx512;
+mod vector;
 
 use std::ops::Range;
 
@@ -160,9 +159,14 @@ impl<'a> Group<'a> {
             match &job.w.storage {
                 Storage::Coded(coded) if self.precision == Precision::Int8 => {
                     let unit = Int8Unit { n_in: job.w.n_in(), coded, panels, rows, activations, out: job.out };
-                    unit.run(backend);
+                    // SAFETY: the active backend is available; shapes were checked on entry, and units are disjoint.
+                    unsafe { backend.run(&unit, scalar::int8) };
                 }
-                _ => F32Unit { w: job.w, panels, rows, x, out: job.out }.run(backend),
+                _ => {
+                    let unit = F32Unit { w: job.w, panels, rows, x, out: job.out };
+                    // SAFETY: as above.
+                    unsafe { backend.run(&unit, scalar::dense) };
+                }
             }
             return;
         }
@@ -191,32 +195,6 @@ struct F32Unit<'a> {
     /// All rows, `[n_rows, n_in]`.
     x: &'a [f32],
     out: OutMat,
-}
-
-// === impl Int8Unit ===
-
-impl Int8Unit<'_> {
-    fn run(&self, backend: Backend) {
-        match backend {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: this backend is active only where its instructions were found; shapes were checked on entry.
-            Backend::Avx512 => unsafe { avx512::int8::run(self) },
-            _ => scalar::int8(self),
-        }
-    }
-}
-
-// === impl F32Unit ===
-
-impl F32Unit<'_> {
-    fn run(&self, backend: Backend) {
-        match backend {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: this backend is active only where its instructions were found; shapes were checked on entry.
-            Backend::Avx512 => unsafe { avx512::dense::run(self) },
-            _ => scalar::dense(self),
-        }
-    }
 }
 
 #[cfg(test)]

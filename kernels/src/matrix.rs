@@ -1,16 +1,17 @@
 //! Frozen weights `[n_out, n_in]`, repacked once at load into the layout the products read.
 //!
-//! Panels of 16 output columns, so that a vector lane is an output column. Quantised weights keep their codes (4-bit
-//! ones in 4 bits) in the order `vpdpbusd` wants: per column four consecutive inputs side by side; a weight is
-//! `scale * (code - zero) + min` with scale and minimum per group of 32 or 16 inputs. Dense weights keep
-//! their dtype, one input after the other. Made by the model's loaders, read by `matmul` and for embedding lookups.
+//! Panels of 16 output columns, so that a vector lane is an output column. Quantised weights keep their codes, in as
+//! many bits as in the file, in the order `vpdpbusd` wants: per column four consecutive inputs side by side; a weight is
+//! `scale * (code - zero) + min` with scale and minimum per group of 32 or 16 inputs, kept as the file has them: f16
+//! per 32 inputs, or f16 per 256 times a small integer per group. Dense weights keep their dtype, one input after the
+//! other. Made by the model's loaders, read by `matmul` and for embedding lookups.
 
 mod blocks;
 
 use half::{bf16, f16};
 
 pub use self::blocks::BlockType;
-pub(crate) use self::blocks::CodeForm;
+pub(crate) use self::blocks::{CodeForm, NEST};
 
 use self::blocks::Block;
 use crate::aligned::Aligned;
@@ -91,14 +92,20 @@ pub(crate) enum Storage {
 }
 
 /// Quantised panels. With `n_groups = n_in / group`:
-/// codes, 8 bit: `[panel][n_in / 4][16 columns][4 inputs]`; 4 bit: per 32 inputs four lines of 64 bytes, line `i` with
-/// the quad of inputs `i` in the low and `i + 4` in the high nibbles; scales, mins: `[panel][n_groups][16]`.
+/// codes of 8 bits: `[panel][n_in / 4][16 columns][4 inputs]`; shorter ones: per 32 inputs four lines of 64 bytes, line
+/// `i` with the quad of inputs `i` in the low and `i + 4` in the high nibbles. What goes beyond 4 bits stands in `high`:
+/// of 5 bits one line per 32 inputs, bit `q` of a byte for quad `q`; of 6 bits two lines, for quads 0 to 3 and 4 to 7,
+/// two bits each. Scales and minima: f16 `[panel][n_groups][16]`; nested: f16 `[panel][n_in / 256][16]` and i8
+/// `[panel][n_groups][16]` in `sub_scales` and `sub_mins`.
 #[derive(Debug)]
 pub(crate) struct Coded {
     pub(crate) form: CodeForm,
     pub(crate) codes: Aligned,
+    pub(crate) high: Aligned,
     pub(crate) scales: Aligned,
     pub(crate) mins: Aligned,
+    pub(crate) sub_scales: Aligned,
+    pub(crate) sub_mins: Aligned,
 }
 
 // === impl Matrix ===
@@ -187,7 +194,7 @@ impl Matrix {
     pub fn bytes(&self) -> usize {
         match &self.storage {
             Storage::F32(panels) | Storage::F16(panels) | Storage::BF16(panels) => panels.bytes(),
-            Storage::Coded(coded) => coded.codes.bytes() + coded.scales.bytes() + coded.mins.bytes(),
+            Storage::Coded(coded) => coded.bytes(),
         }
     }
 
@@ -219,34 +226,55 @@ impl Matrix {
 
 impl Coded {
     fn zeros(form: CodeForm, n_panels: usize, n_in: usize) -> Self {
-        let n_codes = n_panels * PANEL * n_in;
-        let n_scales = n_codes / form.group;
-        let of_scales = |n| if form.wide { Aligned::zeros::<f32>(n) } else { Aligned::zeros::<u16>(n) };
+        let n = n_panels * PANEL * n_in;
+        let n_scales = n / if form.nested { NEST } else { form.group };
+        let n_subs = if form.nested { n / form.group } else { 0 };
+        let of_mins = |n| if form.has_min { n } else { 0 };
         Self {
             form,
-            codes: Aligned::zeros::<u8>(if form.four_bit { n_codes / 2 } else { n_codes }),
-            scales: of_scales(n_scales),
-            mins: of_scales(if form.has_min { n_scales } else { 0 }),
+            codes: Aligned::zeros::<u8>(if form.bits == 8 { n } else { n / 2 }),
+            high: Aligned::zeros::<u8>(if form.bits == 8 { 0 } else { n / 8 * (form.bits as usize - 4) }),
+            scales: Aligned::zeros::<u16>(n_scales),
+            mins: Aligned::zeros::<u16>(of_mins(n_scales)),
+            sub_scales: Aligned::zeros::<u8>(n_subs),
+            sub_mins: Aligned::zeros::<u8>(of_mins(n_subs)),
         }
     }
 
-    /// Byte of the code and whether it is in the high nibble.
-    fn code_at(&self, panel: usize, lane: usize, k: usize, n_in: usize) -> (usize, bool) {
-        if self.form.four_bit {
-            let (quad, base) = (k % 32 / 4, (panel * n_in + k / 32 * 32) * PANEL / 2);
-            (base + quad % 4 * 64 + lane * 4 + k % 4, quad >= 4)
-        } else {
-            ((panel * n_in + k / 4 * 4) * PANEL + lane * 4 + k % 4, false)
+    fn bytes(&self) -> usize {
+        let Self { form: _, codes, high, scales, mins, sub_scales, sub_mins } = self;
+        [codes, high, scales, mins, sub_scales, sub_mins].into_iter().map(Aligned::bytes).sum()
+    }
+
+    /// Byte of the code, or of its low four bits, and how far to the left these are.
+    fn code_at(&self, panel: usize, lane: usize, k: usize, n_in: usize) -> (usize, u32) {
+        if self.form.bits == 8 {
+            return ((panel * n_in + k / 4 * 4) * PANEL + lane * 4 + k % 4, 0);
+        }
+        let (quad, base) = (k % 32 / 4, (panel * n_in + k / 32 * 32) * PANEL / 2);
+        (base + quad % 4 * 64 + lane * 4 + k % 4, if quad >= 4 { 4 } else { 0 })
+    }
+
+    /// Byte of the code's bits beyond four, and how far to the left these are; only for 5 and 6 bits.
+    fn high_at(&self, panel: usize, lane: usize, k: usize, n_in: usize) -> (usize, u32) {
+        let (quad, block, byte) = (k % 32 / 4, (panel * n_in + k) / 32, lane * 4 + k % 4);
+        match self.form.bits {
+            5 => (block * 64 + byte, quad as u32),
+            _ => (block * 128 + quad / 4 * 64 + byte, 2 * (quad % 4) as u32),
         }
     }
 
     pub(crate) fn code(&self, panel: usize, lane: usize, k: usize, n_in: usize) -> u8 {
-        let (at, high) = self.code_at(panel, lane, k, n_in);
-        let byte = self.codes.view::<u8>()[at];
-        match (self.form.four_bit, high) {
-            (true, true) => byte >> 4,
-            (true, false) => byte & 15,
-            (false, _) => byte,
+        let (at, shift) = self.code_at(panel, lane, k, n_in);
+        let low = self.codes.view::<u8>()[at] >> shift;
+        match self.form.bits {
+            8 => low,
+            4 => low & 15,
+            bits => {
+                let (at, shift) = self.high_at(panel, lane, k, n_in);
+                let high = (self.high.view::<u8>()[at] >> shift) & ((1 << (bits - 4)) - 1);
+                low & 15 | high << 4
+            }
         }
     }
 
@@ -255,17 +283,26 @@ impl Coded {
         if self.form.has_min { 0 } else { 1 << self.form.zero_shift }
     }
 
-    fn factor(&self, of: &Aligned, at: usize) -> f32 {
-        if self.form.wide { of.view::<f32>()[at] } else { f16::from_bits(of.view::<u16>()[at]).to_f32() }
+    /// Scale or minimum of a group; exact in f32 (11 bits of f16 times 8).
+    fn factor(&self, of: &Aligned, subs: &Aligned, panel: usize, lane: usize, group: usize, n_in: usize) -> f32 {
+        let form = self.form;
+        let half = |index: usize| f16::from_bits(of.view::<u16>()[index * PANEL + lane]).to_f32();
+        let at = panel * (n_in / form.group) + group;
+        if form.nested {
+            let sub = subs.view::<u8>()[at * PANEL + lane] as i8;
+            half(panel * (n_in / NEST) + group * form.group / NEST) * f32::from(sub)
+        } else {
+            half(at)
+        }
     }
 
     pub(crate) fn scale(&self, panel: usize, lane: usize, group: usize, n_in: usize) -> f32 {
-        self.factor(&self.scales, (panel * (n_in / self.form.group) + group) * PANEL + lane)
+        self.factor(&self.scales, &self.sub_scales, panel, lane, group, n_in)
     }
 
     /// The minimum of a group; only for forms that have one.
     pub(crate) fn min(&self, panel: usize, lane: usize, group: usize, n_in: usize) -> f32 {
-        self.factor(&self.mins, (panel * (n_in / self.form.group) + group) * PANEL + lane)
+        self.factor(&self.mins, &self.sub_mins, panel, lane, group, n_in)
     }
 
     fn value(&self, panel: usize, lane: usize, k: usize, n_in: usize) -> f32 {
@@ -275,35 +312,36 @@ impl Coded {
         if self.form.has_min { scale * code + self.min(panel, lane, k / self.form.group, n_in) } else { scale * code }
     }
 
-    /// Writes one block of a row; false when a scale or minimum is not finite.
+    /// Writes one block of a row; false when its scale or minimum is not finite.
     fn put(&mut self, row: usize, n_in: usize, start: usize, len: usize, block: &Block) -> bool {
         let (panel, lane) = (row / PANEL, row % PANEL);
-        for quad in 0..len / 4 {
-            let (at, high) = self.code_at(panel, lane, start + quad * 4, n_in);
-            let bytes = &mut self.codes.view_mut::<u8>()[at..at + 4];
-            for (byte, &code) in bytes.iter_mut().zip(&block.codes[quad * 4..]) {
-                *byte |= if high { code << 4 } else { code };
-            }
-        }
         let form = self.form;
-        for group in 0..len / form.group {
-            let at = (panel * (n_in / form.group) + start / form.group + group) * PANEL + lane;
-            put_factor(&mut self.scales, form.wide, at, block.scales[group]);
-            if form.has_min {
-                put_factor(&mut self.mins, form.wide, at, block.mins[group]);
+        for quad in 0..len / 4 {
+            let codes = &block.codes[quad * 4..][..4];
+            let (at, shift) = self.code_at(panel, lane, start + quad * 4, n_in);
+            for (byte, &code) in self.codes.view_mut::<u8>()[at..at + 4].iter_mut().zip(codes) {
+                *byte |= if form.bits == 8 { code } else { (code & 15) << shift };
+            }
+            if form.bits == 5 || form.bits == 6 {
+                let (at, shift) = self.high_at(panel, lane, start + quad * 4, n_in);
+                for (byte, &code) in self.high.view_mut::<u8>()[at..at + 4].iter_mut().zip(codes) {
+                    *byte |= (code >> 4) << shift;
+                }
             }
         }
-        let n_groups = len / form.group;
-        block.scales[..n_groups].iter().chain(&block.mins[..n_groups]).all(|factor| factor.is_finite())
-    }
-}
-
-fn put_factor(of: &mut Aligned, wide: bool, at: usize, value: f32) {
-    if wide {
-        of.view_mut::<f32>()[at] = value;
-    } else {
-        // Exact: the value came from f16.
-        of.view_mut::<u16>()[at] = f16::from_f32(value).to_bits();
+        let block_at = (panel * (n_in / len) + start / len) * PANEL + lane;
+        self.scales.view_mut::<u16>()[block_at] = block.scale;
+        if form.has_min {
+            self.mins.view_mut::<u16>()[block_at] = block.min;
+        }
+        for group in 0..if form.nested { len / form.group } else { 0 } {
+            let at = (panel * (n_in / form.group) + start / form.group + group) * PANEL + lane;
+            self.sub_scales.view_mut::<u8>()[at] = block.scales[group] as u8;
+            if form.has_min {
+                self.sub_mins.view_mut::<u8>()[at] = block.mins[group] as u8;
+            }
+        }
+        block.is_finite()
     }
 }
 

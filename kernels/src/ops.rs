@@ -4,11 +4,10 @@
 //! the one reduction (the sum of squares) has 16 partial sums by column modulo 16 and one fixed tree.
 
 mod scalar;
-#[cfg(target_arch = "x86_64")]
-pub(crate) mod avx512;
+pub(crate) mod vector;
 
 use crate::aligned::OutMat;
-use crate::backend::{self, Backend};
+use crate::backend;
 use crate::pool::Pool;
 
 /// Values per task: about 10 µs of the cheapest operation, well above the price of a fork.
@@ -72,13 +71,9 @@ pub fn rms_norm(pool: &Pool, x: &[f32], n_rows: usize, w: &[f32], eps: f32, out:
         for row in rows {
             // SAFETY: each row is handed out once.
             let out = unsafe { target.cols(row, 0, n) };
-            let x = &x[row * n..][..n];
-            match backend {
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: active only where its instructions were found; `x`, `w` and `out` have length `n`.
-                Backend::Avx512 => unsafe { avx512::rms_norm(x, w, eps, out) },
-                _ => scalar::rms_norm(x, w, eps, out),
-            }
+            let kernel = vector::RmsNorm { x: &x[row * n..][..n], w, eps, out };
+            // SAFETY: the active backend is available.
+            unsafe { backend.run(kernel, |k| scalar::rms_norm(k.x, k.w, k.eps, k.out)) };
         }
     });
 }
@@ -108,15 +103,9 @@ pub fn rope(
         for row in rows {
             let (cos, sin) = table.at(positions[row]);
             // SAFETY: each row is handed out once.
-            let x = unsafe { target.cols(row, 0, n) };
-            for head in x.chunks_exact_mut(head_dim) {
-                match backend {
-                    #[cfg(target_arch = "x86_64")]
-                    // SAFETY: active only where its instructions were found; `head` is twice as long as `cos` and `sin`.
-                    Backend::Avx512 => unsafe { avx512::rope(head, cos, sin) },
-                    _ => scalar::rope(head, cos, sin),
-                }
-            }
+            let row = unsafe { target.cols(row, 0, n) };
+            // SAFETY: the active backend is available.
+            unsafe { backend.run(vector::Rope { row, cos, sin }, |k| scalar::rope(k.row, k.cos, k.sin)) };
         }
     });
 }
@@ -133,13 +122,9 @@ pub fn swiglu(pool: &Pool, gate: &[f32], up: &[f32], out: &mut [f32]) {
     pool.run_chunks(n, VALUES_PER_TASK / 2, &|part| {
         // SAFETY: each stretch is handed out once.
         let out = unsafe { target.cols(0, part.start, part.len()) };
-        let (gate, up) = (&gate[part.clone()], &up[part]);
-        match backend {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: active only where its instructions were found; the three slices have one length.
-            Backend::Avx512 => unsafe { avx512::swiglu(gate, up, out) },
-            _ => scalar::swiglu(gate, up, out),
-        }
+        let kernel = vector::SwiGlu { gate: &gate[part.clone()], up: &up[part], out };
+        // SAFETY: the active backend is available.
+        unsafe { backend.run(kernel, |k| scalar::swiglu(k.gate, k.up, k.out)) };
     });
 }
 
@@ -175,12 +160,8 @@ pub fn exp(x: f32) -> f32 {
 /// Largest value and the index where it first stands. NaN is passed over; without any number above negative infinity
 /// the answer is (negative infinity, 0).
 pub fn max_and_argmax(x: &[f32]) -> (f32, usize) {
-    match backend::active() {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: active only where its instructions were found.
-        Backend::Avx512 => unsafe { avx512::max_and_argmax(x) },
-        _ => scalar::max_and_argmax(x),
-    }
+    // SAFETY: the active backend is available.
+    unsafe { backend::active().run(vector::MaxAndArgmax(x), |k| scalar::max_and_argmax(k.0)) }
 }
 
 fn rows_per_task(n: usize) -> usize {

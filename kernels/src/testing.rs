@@ -4,7 +4,7 @@
 use proptest::strategy::Strategy;
 use proptest::test_runner::{Config, TestRunner};
 
-use crate::backend::{Backend, force_for_tests};
+use crate::backend::{Backend, force};
 
 /// A small generator (splitmix64); the same seed gives the same numbers.
 #[derive(Debug)]
@@ -42,27 +42,30 @@ pub(crate) fn bits(values: &[f32]) -> Vec<u32> {
 
 /// Runs `f` with every kernel on `backend`.
 pub(crate) fn with<T>(backend: Backend, f: impl FnOnce() -> T) -> T {
-    let _forced = force_for_tests(backend);
+    let _forced = force(backend);
     f()
 }
 
 /// Stamps the same cases, functions that take a [`Backend`], on every backend. One that this machine lacks is skipped
 /// with a line that says so.
 macro_rules! on_every_backend {
-    ($($case:ident),* $(,)?) => {
-        mod on_scalar {
-            $(#[test] fn $case() { super::$case($crate::backend::Backend::Scalar); })*
-        }
-        mod on_avx512 {
-            use $crate::backend::{Backend, detect};
+    (@on $module:ident, $backend:ident, $($case:ident,)*) => {
+        mod $module {
+            use $crate::backend::Backend;
             $(#[test] fn $case() {
-                if detect() == Backend::Avx512 {
-                    super::$case(Backend::Avx512);
+                if Backend::$backend.is_available() {
+                    super::$case(Backend::$backend);
                 } else {
-                    eprintln!("SKIPPED {}: this machine has no AVX-512 F+BW+VL+VNNI", stringify!($case));
+                    eprintln!("SKIPPED {}: this machine has no {:?}", stringify!($case), Backend::$backend);
                 }
             })*
         }
+    };
+    ($($case:ident),* $(,)?) => {
+        $crate::testing::on_every_backend!(@on on_scalar, Scalar, $($case,)*);
+        $crate::testing::on_every_backend!(@on on_avx2, Avx2, $($case,)*);
+        $crate::testing::on_every_backend!(@on on_avx2_vnni, Avx2Vnni, $($case,)*);
+        $crate::testing::on_every_backend!(@on on_avx512, Avx512, $($case,)*);
     };
 }
 pub(crate) use on_every_backend;

@@ -4,6 +4,7 @@ use half::f16;
 use proptest::prelude::*;
 
 use super::*;
+use crate::backend::Backend;
 use crate::kv::{KvDtype, KvLayout};
 use crate::testing::{Noise, bits, check, on_every_backend, with};
 

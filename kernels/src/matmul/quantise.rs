@@ -4,6 +4,8 @@
 //! Rule of a block: `m = max |x|`; scale `m / 127`; code `round(x * (127 / m))`, ties to even. A block whose `m` is
 //! below [`TINY`] counts as zero; one with a NaN or infinity gets the scale NaN, so that damage stays visible.
 
+use super::scalar::quantise_row;
+use super::vector::int8::QuantiseRow;
 use crate::aligned::Aligned;
 use crate::backend::Backend;
 use crate::pool::Pool;
@@ -71,7 +73,9 @@ impl Activations {
                 // SAFETY: the buffers were grown to `n_rows` rows above and are borrowed by `target`; each row is
                 // handed out once.
                 let to = unsafe { target.row(row) };
-                quantise(backend, &x[row * n_in..][..n_in], to);
+                let row = QuantiseRow { x: &x[row * n_in..][..n_in], to };
+                // SAFETY: the active backend is available; the slices fit (see `Target::row`).
+                unsafe { backend.run(row, |row| quantise_row(row.x, row.to)) };
             }
         });
     }
@@ -136,15 +140,6 @@ impl<'a> Target<'a> {
                 sums16: std::slice::from_raw_parts_mut(self.sums16.add(row * n16), n16),
             }
         }
-    }
-}
-
-fn quantise(backend: Backend, x: &[f32], to: RowMut<'_>) {
-    match backend {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: this backend is active only where its instructions were found; the slices fit (see `Target::row`).
-        Backend::Avx512 => unsafe { super::avx512::int8::quantise_row(x, to) },
-        _ => super::scalar::quantise_row(x, to),
     }
 }
 

@@ -104,10 +104,21 @@ fn dense_matrices_keep_their_values_and_dtype() {
 }
 
 #[test]
-fn four_bit_weights_stay_four_bit() {
-    let (n_out, n_in) = (64, 256);
-    let matrix = Matrix::from_blocks(n_out, n_in, BlockType::Q4_1, &vec![0; n_out * n_in / 32 * 20], None).unwrap();
-    assert_eq!(matrix.bytes(), n_out * n_in / 32 * 20);
+fn weights_take_as_many_bytes_as_in_the_file() {
+    let (n_out, n_in) = (64, 512);
+    for kind in BlockType::ALL {
+        let in_file = n_out * n_in / kind.block_len() * kind.block_bytes();
+        let matrix = Matrix::from_blocks(n_out, n_in, kind, &vec![0; in_file], None).unwrap();
+        let bits = matrix.bytes() as f64 * 8.0 / (n_out * n_in) as f64;
+        match kind {
+            // Factors of 6 and 4 bits take 8; codes of 2 and 3 bits take 4.
+            BlockType::Q4K => assert_eq!(bits, 4.625),
+            BlockType::Q5K => assert_eq!(bits, 5.625),
+            BlockType::Q2K => assert_eq!(bits, 5.125),
+            BlockType::Q3K => assert_eq!(bits, 4.5625),
+            _ => assert_eq!(matrix.bytes(), in_file, "{kind:?}"),
+        }
+    }
 }
 
 #[test]

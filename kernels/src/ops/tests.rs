@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::backend::Backend;
 use crate::testing::{Noise, bits, check, on_every_backend, with};
 
 on_every_backend! {
