@@ -117,6 +117,9 @@ class Tenantry(Server):
         super().start()
         kept = self.work / "keys.json"
         self.keys = json.loads(kept.read_text()) if kept.exists() else {}
+        if "plain" not in self.keys:
+            made = self.admin("POST", "/admin/v1/tenants", {"id": "plain", "contract": self.contract})
+            self.keys["plain"] = made["key"]["key"]
         for number in range(self.n_adapters):
             if f"t{number}" not in self.keys:
                 self._create(number)
@@ -150,7 +153,7 @@ class Tenantry(Server):
         self.keys[tenant] = made["key"]["key"]
 
     def base(self):
-        return {"name": "base", "key": self.keys["t0"], "model": "smollm2"}
+        return {"name": "base", "key": self.keys["plain"], "model": "smollm2"}
 
     def tenant(self, number):
         return {"name": f"t{number}", "key": self.keys[f"t{number}"], "model": "task"}

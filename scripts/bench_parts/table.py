@@ -67,11 +67,13 @@ def _special(runs, servers, machine):
                        f"{limit:.0f} (reading the weights as we store them)")
         beside = {v: [r for r in mine if r["workload"] == "W5+" and r["variant"] == v] for v in ("alone", "beside")}
         if all(beside.values()):
-            for p in ("p50", "p95"):
+            for p in ("mean", "p50", "p95"):
                 alone = _median(beside["alone"], lambda report: report["all"]["gap_ms"][p])
                 with_it = _median(beside["beside"], lambda report: report["groups"]["runner"]["gap_ms"][p])
                 out.append(f"W5+ {server}: a running stream's gap {p} {alone:.1f} -> {with_it:.1f} ms beside prefill "
                            f"({with_it / alone:.2f} times)")
+        for workload in ("W1", "W2", "W3"):
+            out += _elsewhere(workload, server, [run for run in mine if run["workload"] == workload])
         first = [run for run in mine if run["workload"] == "W6"]
         if first:
             once, again = (_median(first, lambda report: report["groups"][g]["ttft_ms"]["p50"])
@@ -81,6 +83,18 @@ def _special(runs, servers, machine):
                        f"difference {once - again:.1f} ms")
         out += _flood(server, [run for run in mine if run["workload"] == "W7"])
     return out
+
+
+def _elsewhere(workload, server, runs):
+    """CPU time outside the threads that compute: our engine thread (forward pass, sampling, planning) and its
+    kernel workers. Other servers do not name their threads so."""
+    def share(report):
+        threads = report["cpu"]["server_threads_s"]
+        inside = sum(s for name, s in threads.items() if name.startswith(("engine", "kernel")))
+        return 1 - inside / max(sum(threads.values()), 1e-9) if inside else 0
+    if server != "tenantry" or not runs:
+        return []
+    return [f"{workload} {server}: {_median(runs, share):.1%} of the CPU time outside engine and kernel threads"]
 
 
 def _flood(server, runs):
