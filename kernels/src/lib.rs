@@ -35,5 +35,6 @@ pub mod lora;
 pub mod kv;
 pub mod attention;
 pub mod ops;
+pub mod cuda;
 #[cfg(test)]
 mod testing;

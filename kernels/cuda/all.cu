@@ -1,0 +1,4 @@
+// Every kernel in one module, as the build script compiles it.
+#include "attention.cu"
+#include "lora.cu"
+#include "rows.cu"
