@@ -12,6 +12,7 @@
 //! **Never run on hardware.** The kernels compile with nvcc 13.0 for sm_80 and sm_90, and the same sources run in tests
 //! on the CPU ([`emulation`](self), feature `cuda-emulation`) against the scalar reference. Driver calls
 //! (`device.rs`, feature `cuda`) are compiled and tested only as far as a machine without a driver goes.
+//! Speeds in [`cost`] are computed, not measured.
 //!
 //! **What is not here.** Dense and quantised products of the base weights are meant to come from candle's CUDA
 //! backend, which shares its stream through cudarc, and `model::forward` calls the CPU kernels only: no node uses a GPU
@@ -31,6 +32,7 @@ pub mod lora;
 pub mod kv;
 pub mod attention;
 pub mod rows;
+pub mod cost;
 #[cfg(feature = "cuda")]
 pub mod device;
 #[cfg(feature = "cuda-emulation")]
