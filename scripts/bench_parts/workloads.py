@@ -54,7 +54,7 @@ def loads(workload, server, patience):
         return [Load(twice, words)]
     if workload == "W7":
         others = [{**tenant, "group": "others", "streams": 2} for tenant in tenants[:8]]
-        words = bounds(10 * patience, 30, draw="pinned")
+        words = bounds(10 * patience, 30, draw="pinned", warmup=1)
         return [Load(others + ([{**tenants[8], "group": "flooder", "streams": n}] if n else []), words, variant)
                 for n, variant in ((0, "absent"), (2, "share"), (32, "flood"))]
     raise ValueError(f"unknown workload {workload}")
