@@ -7,7 +7,8 @@
 // (a barrier that some threads skip, lanes in different operations) is an error with the block and thread in it.
 // A launch may leave out one barrier by its number, which is how the tests show that each is needed and missed.
 //
-// What it does not do: lanes of a warp do not run in step, atomics and asynchronous copies are absent (no kernel uses
+// What it does not do: a read beyond a buffer in global memory goes unnoticed unless its value reaches a result (beyond
+// shared memory, a write is noticed); lanes of a warp do not run in step, atomics and asynchronous copies are absent (no kernel uses
 // them), and `mma` adds its products in ascending order with one rounding each, where a tensor core has an order and
 // rounding of its own. x86-64 with the System V calling convention only: the switch between fibers is assembly.
 #pragma once
