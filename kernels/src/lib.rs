@@ -28,6 +28,7 @@
 
 pub mod backend;
 pub mod pool;
+pub mod peak;
 mod aligned;
 mod simd;
 pub mod matrix;
