@@ -14,7 +14,7 @@ fn row_operations(c: &mut Criterion) {
     let table = RopeTable::new(64, 2048, &[0.01; 32]);
     let positions: Vec<u32> = (100..116).collect();
     group.bench_function("rope", |b| b.iter(|| rope(&pool, &mut out, 16, 9, 64, &positions, &table)));
-    group.bench_function("add_in_place", |b| b.iter(|| add_in_place(&mut out, &x)));
+    group.bench_function("add_in_place", |b| b.iter(|| add_in_place(&pool, &mut out, &x)));
     let (gate, up, mut out) = (values(16 * 1536), values(16 * 1536), values(16 * 1536));
     group.throughput(Throughput::Elements(16 * 1536));
     group.bench_function("swiglu", |b| b.iter(|| swiglu(&pool, &gate, &up, &mut out)));

@@ -98,24 +98,31 @@ impl std::fmt::Debug for Aligned {
 }
 
 /// An output matrix `[n_rows, n_cols]` that several threads write, each its own rows and columns.
-#[derive(Clone, Copy)]
-pub(crate) struct OutMat {
-    ptr: *mut f32,
+pub(crate) struct OutMat<T = f32> {
+    ptr: *mut T,
     n_rows: usize,
     n_cols: usize,
 }
 
 // SAFETY: threads reach the memory only through `cols`, whose contract forbids overlap.
-unsafe impl Send for OutMat {}
+unsafe impl<T: Send> Send for OutMat<T> {}
 // SAFETY: as above.
-unsafe impl Sync for OutMat {}
+unsafe impl<T: Send + Sync> Sync for OutMat<T> {}
 
 // === impl OutMat ===
 
-impl OutMat {
+impl<T> Clone for OutMat<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for OutMat<T> {}
+
+impl<T> OutMat<T> {
     /// # Panics
     /// When the slice does not have `n_rows * n_cols` values.
-    pub(crate) fn new(out: &mut [f32], n_rows: usize, n_cols: usize) -> Self {
+    pub(crate) fn new(out: &mut [T], n_rows: usize, n_cols: usize) -> Self {
         assert_eq!(out.len(), n_rows * n_cols, "output is not [{n_rows}, {n_cols}]");
         Self { ptr: out.as_mut_ptr(), n_rows, n_cols }
     }
@@ -125,7 +132,7 @@ impl OutMat {
     /// # Safety
     /// The slice given to `new` is still borrowed for this, and no other thread holds any of these columns.
     #[expect(clippy::mut_from_ref, reason = "disjointness is the caller's promise")]
-    pub(crate) unsafe fn cols(&self, row: usize, start: usize, len: usize) -> &mut [f32] {
+    pub(crate) unsafe fn cols(&self, row: usize, start: usize, len: usize) -> &mut [T] {
         debug_assert!(row < self.n_rows && start + len <= self.n_cols);
         // SAFETY: inside the slice checked in `new`; exclusive by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.add(row * self.n_cols + start), len) }
@@ -135,7 +142,7 @@ impl OutMat {
     ///
     /// # Safety
     /// The slice given to `new` is still borrowed for this, and no thread writes these columns meanwhile.
-    pub(crate) unsafe fn cols_shared(&self, row: usize, start: usize, len: usize) -> &[f32] {
+    pub(crate) unsafe fn cols_shared(&self, row: usize, start: usize, len: usize) -> &[T] {
         debug_assert!(row < self.n_rows && start + len <= self.n_cols);
         // SAFETY: inside the slice checked in `new`; not written by the caller's promise.
         unsafe { std::slice::from_raw_parts(self.ptr.add(row * self.n_cols + start), len) }

@@ -158,7 +158,7 @@ impl Unit<'_> {
 }
 
 /// Checks all runs; the longest context among them.
-fn check_runs(runs: &[AttnRun<'_>], n_rows: usize, kv: &KvPool) -> usize {
+pub(crate) fn check_runs(runs: &[AttnRun<'_>], n_rows: usize, kv: &KvPool) -> usize {
     let (mut rows_end, mut positions_max) = (0, 0);
     for run in runs {
         assert!(run.rows.start >= rows_end && run.rows.end >= run.rows.start, "runs overlap or are out of order");

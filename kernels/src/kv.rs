@@ -4,13 +4,20 @@
 //! `[16 positions][head_dim]`, so that a lane is a dimension when mixing. The forward pass stores rows, `attention`
 //! reads them after rounding to the page's dtype. Who owns which page is decided elsewhere.
 
+use std::ops::Range;
+
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use crate::aligned::{Aligned, Plain};
+use crate::attention::{AttnRun, check_runs};
+use crate::pool::Pool;
 
 /// Positions per page: the lanes of a 512-bit vector of f32.
 pub const PAGE_TOKENS: usize = 16;
+
+/// Rows written at once: a µs or two.
+const ROWS_PER_TASK: usize = 4;
 
 /// f16 values converted at once.
 const CONVERT: usize = 64;
@@ -106,30 +113,45 @@ impl KvPool {
     /// # Panics
     /// When layer, page or slot do not exist or a length does not fit.
     pub fn store(&mut self, layer: usize, page: u32, slot: usize, k: &[f32], v: &[f32]) {
+        assert!(slot < PAGE_TOKENS, "no slot {slot}");
+        let run = AttnRun { rows: 0..1, start: slot, pages: &[page] };
+        self.store_runs(&Pool::new(1), layer, &[run], k, v);
+    }
+
+    /// Writes the rows of all runs, `k` and `v` `[n_rows, n_kv_heads * head_dim]`, to their positions. No two rows may
+    /// share a position of a page: the later one would not surely win.
+    ///
+    /// # Panics
+    /// When the layer does not exist or a run or length does not fit.
+    pub fn store_runs(&mut self, pool: &Pool, layer: usize, runs: &[AttnRun<'_>], k: &[f32], v: &[f32]) {
         let KvLayout { n_layers, n_kv_heads, head_dim, dtype, .. } = self.layout;
-        assert!(layer < n_layers && (page as usize) < self.n_pages && slot < PAGE_TOKENS, "no such place");
-        assert!(k.len() == n_kv_heads * head_dim && v.len() == k.len(), "k and v are not [{n_kv_heads} * {head_dim}]");
-        for head in 0..n_kv_heads {
-            let base = self.block(layer, page, head);
-            let (k, v) = (&k[head * head_dim..][..head_dim], &v[head * head_dim..][..head_dim]);
-            let values = base + head_dim * PAGE_TOKENS + slot * head_dim;
-            match dtype {
-                KvDtype::F32 => {
-                    let data = self.data.view_mut::<f32>();
-                    data[values..values + head_dim].copy_from_slice(v);
-                    scatter(&mut data[base..base + head_dim * PAGE_TOKENS], slot, k);
-                }
-                KvDtype::F16 => {
-                    let data = self.data.view_mut::<u16>();
-                    for (i, (k, v)) in k.chunks(CONVERT).zip(v.chunks(CONVERT)).enumerate() {
-                        let first = i * CONVERT;
-                        let keys = &mut data[base + first * PAGE_TOKENS..][..k.len() * PAGE_TOKENS];
-                        scatter(keys, slot, &to_half(k)[..k.len()]);
-                        data[values + first..][..v.len()].copy_from_slice(&to_half(v)[..v.len()]);
+        let width = n_kv_heads * head_dim;
+        assert!(layer < n_layers, "layer {layer} of {n_layers}");
+        assert!(k.len() == v.len() && k.len().is_multiple_of(width), "k and v are not [n_rows, {width}]");
+        check_runs(runs, k.len() / width, self);
+        let n_units = runs.iter().map(|run| run.rows.len().div_ceil(ROWS_PER_TASK)).sum();
+        let data = Shared(self.data.view_mut::<u8>().as_mut_ptr());
+        let pool_of = &*self;
+        pool.run_chunks(n_units, 1, &|unit| {
+            let (run, rows) = find(runs, unit.start);
+            for row in rows {
+                let position = run.start + row - run.rows.start;
+                let (page, slot) = (run.pages[position / PAGE_TOKENS], position % PAGE_TOKENS);
+                for head in 0..n_kv_heads {
+                    let at = pool_of.block(layer, page, head);
+                    let columns = row * width + head * head_dim..row * width + (head + 1) * head_dim;
+                    let (k, v) = (&k[columns.clone()], &v[columns]);
+                    // SAFETY: layer, page, head and slot exist (checked above), so the block lies inside the data, which
+                    // is borrowed exclusively; no other thread writes this slot.
+                    unsafe {
+                        match dtype {
+                            KvDtype::F32 => put(data.of::<f32>(at), slot, k, v),
+                            KvDtype::F16 => put_half(data.of::<u16>(at), slot, k, v),
+                        }
                     }
                 }
             }
-        }
+        });
     }
 
     /// Fills a page with NaN, so that reading it by mistake shows.
@@ -160,10 +182,65 @@ impl KvPool {
     }
 }
 
-/// Writes `k` into one slot of transposed keys.
-fn scatter<T: Copy>(keys: &mut [T], slot: usize, k: &[T]) {
-    for (lanes, &k) in keys.chunks_exact_mut(PAGE_TOKENS).zip(k) {
-        lanes[slot] = k;
+/// The pool's memory, written by several threads in different slots.
+#[derive(Clone, Copy)]
+struct Shared(*mut u8);
+
+// SAFETY: threads write different slots only (contract of `KvPool::store_runs`).
+unsafe impl Sync for Shared {}
+
+// === impl Shared ===
+
+impl Shared {
+    /// The number at index `at`; the pointer is good for the memory the whole has.
+    fn of<T: Plain>(&self, at: usize) -> *mut T {
+        self.0.cast::<T>().wrapping_add(at)
+    }
+}
+
+/// The run and rows of unit `index`.
+fn find<'a, 'b>(runs: &'b [AttnRun<'a>], mut index: usize) -> (&'b AttnRun<'a>, Range<usize>) {
+    for run in runs {
+        let units = run.rows.len().div_ceil(ROWS_PER_TASK);
+        if index < units {
+            let first = run.rows.start + index * ROWS_PER_TASK;
+            return (run, first..(first + ROWS_PER_TASK).min(run.rows.end));
+        }
+        index -= units;
+    }
+    unreachable!("units are counted from the same runs")
+}
+
+/// Writes a head's key, transposed, and value into a slot of a block.
+///
+/// # Safety
+/// `block` points to a block of heads as wide as `k` and `v`, and nobody else touches this slot.
+unsafe fn put<T: Copy>(block: *mut T, slot: usize, k: &[T], v: &[T]) {
+    // SAFETY: the contract of this function.
+    unsafe {
+        for (d, &k) in k.iter().enumerate() {
+            *block.add(d * PAGE_TOKENS + slot) = k;
+        }
+        let values = block.add((PAGE_TOKENS + slot) * v.len());
+        std::ptr::copy_nonoverlapping(v.as_ptr(), values, v.len());
+    }
+}
+
+/// As [`put`], rounded to half precision.
+///
+/// # Safety
+/// As [`put`].
+unsafe fn put_half(block: *mut u16, slot: usize, k: &[f32], v: &[f32]) {
+    let values = block.wrapping_add((PAGE_TOKENS + slot) * v.len());
+    for (i, (k, v)) in k.chunks(CONVERT).zip(v.chunks(CONVERT)).enumerate() {
+        let first = i * CONVERT;
+        // SAFETY: the contract of this function.
+        unsafe {
+            for (d, &k) in to_half(k)[..k.len()].iter().enumerate() {
+                *block.add((first + d) * PAGE_TOKENS + slot) = k;
+            }
+            std::ptr::copy_nonoverlapping(to_half(v).as_ptr(), values.add(first), v.len());
+        }
     }
 }
 

@@ -39,6 +39,20 @@ pub struct Scratch {
     shrunk: Aligned,
 }
 
+/// Deltas of one linear layer.
+#[derive(Debug)]
+pub struct Delta<'a> {
+    /// In ascending row order, without overlap.
+    pub segments: &'a [Segment<'a>],
+    /// What they are added to, `[n_rows, n_out]`.
+    pub y: &'a mut [f32],
+    /// Width of the layer's output.
+    pub n_out: usize,
+}
+
+/// Most layers in one group; a transformer block needs three.
+pub const GROUP_MAX: usize = 4;
+
 /// `y[row] += scale · B(A x[row])` for the rows of each segment; with a row scale (DoRA)
 /// `y[row] = row_scale * (y[row] + scale · B(A x[row]))`. `x` `[n_rows, n_in]`, `y` `[n_rows, n_out]`. Segments are in
 /// ascending row order and do not overlap.
@@ -54,43 +68,71 @@ pub fn lora_delta(
     n_out: usize,
     scratch: &mut Scratch,
 ) {
-    if segments.is_empty() {
-        return;
-    }
+    lora_delta_group(pool, x, n_in, &mut [Delta { segments, y, n_out }], scratch);
+}
+
+/// The deltas of several layers of the same input `x` (q, k and v; gate and up): forks once for all. The bits are those
+/// of separate [`lora_delta`] calls.
+///
+/// # Panics
+/// As [`lora_delta`], or when there are more than [`GROUP_MAX`] layers.
+pub fn lora_delta_group(pool: &Pool, x: &[f32], n_in: usize, deltas: &mut [Delta<'_>], scratch: &mut Scratch) {
+    assert!(deltas.len() <= GROUP_MAX, "{} layers in one group", deltas.len());
     assert!(n_in > 0 && x.len().is_multiple_of(n_in), "x is not [n_rows, {n_in}]");
     let n_rows = x.len() / n_in;
-    let stride = check_segments(segments, n_rows, n_in, n_out);
-    scratch.shrunk.grow::<f32>(n_rows * stride);
-    let shrunk = OutMat::new(&mut scratch.shrunk.view_mut::<f32>()[..n_rows * stride], n_rows, stride);
-    let y = OutMat::new(y, n_rows, n_out);
-    let work = Work { backend: backend::active(), x, n_in, shrunk, y };
-    let tiles = |segment: &Segment<'_>| segment.rows.len().div_ceil(ROW_TILE);
-    let n_tiles: usize = segments.iter().map(tiles).sum();
+    let strides = deltas.iter().map(|delta| check_segments(delta.segments, n_rows, n_in, delta.n_out));
+    let stride = strides.max().unwrap_or(0);
+    let n_shrunk = n_rows * stride;
+    scratch.shrunk.grow::<f32>(deltas.len() * n_shrunk);
+    let mut shrunk = &mut scratch.shrunk.view_mut::<f32>()[..deltas.len() * n_shrunk];
+    let mut works = [const { None }; GROUP_MAX];
+    for (work, delta) in works.iter_mut().zip(deltas) {
+        let own;
+        (own, shrunk) = std::mem::take(&mut shrunk).split_at_mut(n_shrunk);
+        let (shrunk, y) = (OutMat::new(own, n_rows, stride), OutMat::new(delta.y, n_rows, delta.n_out));
+        *work = Some((Work { backend: backend::active(), x, n_in, shrunk, y }, delta.segments));
+    }
+    let n_tiles: usize = works.iter().flatten().flat_map(|(_, segments)| *segments).map(tiles).sum();
     // Enough tiles for all threads: each does both steps for its rows, one fork for all.
     if n_tiles >= pool.threads() {
+        let whole = |segment: &Segment<'_>| (tiles(segment), 1);
         pool.run_chunks(n_tiles, 1, &|unit| {
-            let (unit, _) = find(segments, unit.start, |segment| (tiles(segment), 1));
-            // SAFETY: tiles are disjoint rows, each handed out once.
+            let (work, tile, _) = find(&works, unit.start, whole);
+            // SAFETY: tiles are disjoint rows of their layers, each handed out once.
             unsafe {
-                work.shrink(&unit, 0..unit.pair.rank_panels());
-                work.expand(&unit, 0..n_out.div_ceil(PANEL));
+                work.shrink(&tile, 0..tile.pair.rank_panels());
+                work.expand(&tile, 0..work.y.n_cols().div_ceil(PANEL));
             }
         });
         return;
     }
     let shrinks = |segment: &Segment<'_>| (tiles(segment), segment.pair.rank_panels());
-    pool.run_chunks(segments.iter().map(|s| shrinks(s).0 * shrinks(s).1).sum(), 1, &|unit| {
-        let (unit, panel) = find(segments, unit.start, shrinks);
+    pool.run_chunks(count(&works, shrinks), 1, &|unit| {
+        let (work, tile, panel) = find(&works, unit.start, shrinks);
         // SAFETY: (tile, rank panel) pairs are disjoint parts of `shrunk`, each handed out once.
-        unsafe { work.shrink(&unit, panel..panel + 1) };
+        unsafe { work.shrink(&tile, panel..panel + 1) };
     });
-    let expands = |segment: &Segment<'_>| (tiles(segment), n_out.div_ceil(PANEL * PANELS_PER_UNIT));
-    pool.run_chunks(segments.iter().map(|s| expands(s).0 * expands(s).1).sum(), 1, &|unit| {
-        let (unit, chunk) = find(segments, unit.start, expands);
+    let expands = |segment: &Segment<'_>| (tiles(segment), segment.pair.n_out().div_ceil(PANEL * PANELS_PER_UNIT));
+    pool.run_chunks(count(&works, expands), 1, &|unit| {
+        let (work, tile, chunk) = find(&works, unit.start, expands);
         let first = chunk * PANELS_PER_UNIT;
+        let end = (first + PANELS_PER_UNIT).min(work.y.n_cols().div_ceil(PANEL));
         // SAFETY: (tile, panel chunk) pairs are disjoint parts of `y`, each handed out once; the shrink step has ended.
-        unsafe { work.expand(&unit, first..(first + PANELS_PER_UNIT).min(n_out.div_ceil(PANEL))) };
+        unsafe { work.expand(&tile, first..end) };
     });
+}
+
+/// The layers of a call with their segments.
+type Works<'a> = [Option<(Work<'a>, &'a [Segment<'a>])>; GROUP_MAX];
+
+fn tiles(segment: &Segment<'_>) -> usize {
+    segment.rows.len().div_ceil(ROW_TILE)
+}
+
+/// Units in all, where each segment has (tiles × parts) of them.
+fn count(works: &Works<'_>, counts: impl Fn(&Segment<'_>) -> (usize, usize)) -> usize {
+    let segments = works.iter().flatten().flat_map(|(_, segments)| *segments);
+    segments.map(|segment| counts(segment).0 * counts(segment).1).sum()
 }
 
 /// What all units of a call share.
@@ -136,20 +178,22 @@ impl Work<'_> {
     }
 }
 
-/// The tile of unit `index`, where each segment has (tiles × parts) units, and the part.
-fn find<'a>(
-    segments: &[Segment<'a>],
+/// Layer and tile of unit `index`, where each segment has (tiles × parts) units, and the part.
+fn find<'a, 'b>(
+    works: &'b Works<'a>,
     mut index: usize,
-    counts: impl Fn(&Segment<'a>) -> (usize, usize),
-) -> (Tile<'a>, usize) {
-    for segment in segments {
-        let (tiles, parts) = counts(segment);
-        if index < tiles * parts {
-            let first = segment.rows.start + index / parts * ROW_TILE;
-            let rows = first..(first + ROW_TILE).min(segment.rows.end);
-            return (Tile { rows, pair: segment.pair }, index % parts);
+    counts: impl Fn(&Segment<'_>) -> (usize, usize),
+) -> (&'b Work<'a>, Tile<'a>, usize) {
+    for (work, segments) in works.iter().flatten() {
+        for segment in *segments {
+            let (tiles, parts) = counts(segment);
+            if index < tiles * parts {
+                let first = segment.rows.start + index / parts * ROW_TILE;
+                let rows = first..(first + ROW_TILE).min(segment.rows.end);
+                return (work, Tile { rows, pair: segment.pair }, index % parts);
+            }
+            index -= tiles * parts;
         }
-        index -= tiles * parts;
     }
     unreachable!("units are counted from the same segments")
 }

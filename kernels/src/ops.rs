@@ -10,8 +10,10 @@ use crate::aligned::OutMat;
 use crate::backend;
 use crate::pool::Pool;
 
-/// Values per task: about 10 µs of the cheapest operation, well above the price of a fork.
-const VALUES_PER_TASK: usize = 32 * 1024;
+/// Values per task of the cheap operations: some µs, above the price of a fork.
+const VALUES_PER_TASK: usize = 16 * 1024;
+/// Values per task of [`swiglu`], which costs several times as much a value.
+const GATES_PER_TASK: usize = 4 * 1024;
 
 /// Cosines and sines of the rotary embedding for every position, computed in f64 and rounded once.
 #[derive(Debug)]
@@ -119,7 +121,7 @@ pub fn swiglu(pool: &Pool, gate: &[f32], up: &[f32], out: &mut [f32]) {
     let n = out.len();
     let target = OutMat::new(out, 1, n);
     let backend = backend::active();
-    pool.run_chunks(n, VALUES_PER_TASK / 2, &|part| {
+    pool.run_chunks(n, GATES_PER_TASK, &|part| {
         // SAFETY: each stretch is handed out once.
         let out = unsafe { target.cols(0, part.start, part.len()) };
         let kernel = vector::SwiGlu { gate: &gate[part.clone()], up: &up[part], out };
@@ -132,11 +134,15 @@ pub fn swiglu(pool: &Pool, gate: &[f32], up: &[f32], out: &mut [f32]) {
 ///
 /// # Panics
 /// When the lengths differ.
-pub fn add_in_place(y: &mut [f32], x: &[f32]) {
+pub fn add_in_place(pool: &Pool, y: &mut [f32], x: &[f32]) {
     assert_eq!(y.len(), x.len(), "y and x differ in length");
-    for (y, x) in y.iter_mut().zip(x) {
-        *y += x;
-    }
+    let n = y.len();
+    let target = OutMat::new(y, 1, n);
+    pool.run_chunks(n, VALUES_PER_TASK, &|part| {
+        // SAFETY: each stretch is handed out once.
+        let y = unsafe { target.cols(0, part.start, part.len()) };
+        y.iter_mut().zip(&x[part]).for_each(|(y, x)| *y += x);
+    });
 }
 
 /// `y[row] += bias` for each of `n_rows` rows.
@@ -146,7 +152,7 @@ pub fn add_in_place(y: &mut [f32], x: &[f32]) {
 pub fn add_bias_rows(y: &mut [f32], n_rows: usize, bias: &[f32]) {
     assert_eq!(y.len(), n_rows * bias.len(), "y is not [{n_rows}, {}]", bias.len());
     if !bias.is_empty() {
-        y.chunks_exact_mut(bias.len()).for_each(|row| add_in_place(row, bias));
+        y.chunks_exact_mut(bias.len()).for_each(|row| row.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias));
     }
 }
 

@@ -1,7 +1,8 @@
 //! Sixteen lanes at a time, whatever the machine calls them: the one seam between kernels and instruction sets.
 //!
 //! A kernel is written once against [`Simd`] and stamped for every instruction set by [`Simd::call`], which enters a
-//! function compiled for it; everything below is inlined there. Sixteen is the panel width of `matrix`, the page length
+//! function compiled for it; everything below is inlined there. A closure, also one given to `array::map`, would not be
+//! inlined for sure and its instructions become calls, many times slower: kernels use loops and `inline(always)` functions. Sixteen is the panel width of `matrix`, the page length
 //! of `kv` and the number of partial sums of `ops`; a set with narrower registers uses several of them. Decides nothing
 //! about results: each operation is exactly defined (IEEE single precision, fused where it says so, or integer).
 

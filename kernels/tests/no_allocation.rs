@@ -57,10 +57,8 @@ fn a_second_step_of_the_same_size_allocates_nothing() {
         let segments = [Segment { rows: 0..rows / 2, pair: &pair }, Segment { rows: rows / 2..rows, pair: &pair }];
         lora_delta(&pool, &segments, &out[..rows * 64], 64, &mut q[..rows * 64], 64, &mut delta);
         ops::rope(&pool, &mut q[..rows * 64], rows, 4, 16, &positions[..rows], &table);
-        for row in 0..rows {
-            kv.store(0, (row / 16) as u32, row % 16, &q[row * 64..][..32], &up[row * 64..][..32]);
-        }
         let runs = [AttnRun { rows: 0..rows, start: 0, pages: &[0, 1, 2, 3, 4] }];
+        kv.store_runs(&pool, 0, &runs, &q[..rows * 32], &up[..rows * 32]);
         attention(&pool, &q[..rows * 64], 4, &runs, &kv, 0, 0.25, &mut out[..rows * 64], &mut attend);
         ops::swiglu(&pool, &q[..rows * 64], &up[..rows * 64], &mut x[..rows * 64]);
         ops::max_and_argmax(&x)

@@ -1,4 +1,4 @@
-//! Attention for every instruction set. Scoring: lanes are the 16 positions of a page, up to 8 queries by 2 pages a
+//! Attention for every instruction set. Scoring: lanes are the 16 positions of a page, up to 8 queries by 4 pages a
 //! tile. Mixing: lanes are dimensions, as many as fit beside the queries.
 
 #![expect(clippy::needless_range_loop, reason = "tiles: one index names the same row or panel in several arrays")]
@@ -62,15 +62,17 @@ unsafe fn tile<S: Simd, const K: u8, const T: usize>(
     let queries: [_; T] = std::array::from_fn(|t| unit.query(first + t));
     let q: [_; T] = std::array::from_fn(|t| unit.q_of(queries[t]).as_ptr());
     let n_pages = queries[T - 1].limit.div_ceil(PAGE_TOKENS);
+    // As many accumulators as fit the registers beside the values they share; fewer would wait for each other.
+    let wide = if S::VECTORS > 16 { 16 / T.next_power_of_two() } else { 4 / T.next_power_of_two() };
     let mut page = 0;
     while page < n_pages {
         // SAFETY: limits ascend, so `n_pages` pages cover all queries; they exist by the entry's check; `stride` is at
         // least `n_pages * 16`.
         page += unsafe {
-            if S::VECTORS > 16 && n_pages - page >= 2 {
-                score::<S, K, T, 2>(unit, &q, page, probabilities)
-            } else {
-                score::<S, K, T, 1>(unit, &q, page, probabilities)
+            match n_pages - page {
+                4.. if wide >= 4 => score::<S, K, T, 4>(unit, &q, page, probabilities),
+                2.. if wide >= 2 => score::<S, K, T, 2>(unit, &q, page, probabilities),
+                _ => score::<S, K, T, 1>(unit, &q, page, probabilities),
             }
         };
     }
@@ -83,8 +85,6 @@ unsafe fn tile<S: Simd, const K: u8, const T: usize>(
     let head_dim = unit.kv.layout().head_dim;
     let mut d = 0;
     while d < head_dim {
-        // As many accumulators as fit the registers beside the values they share.
-        let wide = if S::VECTORS > 16 { 16 / T.next_power_of_two() } else { 4 / T.next_power_of_two() };
         // SAFETY: dimensions from `d` on exist; each is written by this unit only.
         d += unsafe {
             match (head_dim - d).div_ceil(16) {
@@ -181,30 +181,17 @@ unsafe fn mix<S: Simd, const K: u8, const T: usize, const D: usize>(
     let stride = unit.stride;
     let n = (head_dim - d).min(D * 16);
     let last = n - (D - 1) * 16;
-    let values = |position: usize| {
-        let elements = head_dim * PAGE_TOKENS;
-        block::<K>(unit, unit.pages[position / PAGE_TOKENS]).wrapping_add(elements * if K == F32 { 4 } else { 2 })
-    };
     // Positions of all queries together, then each query's own rest: a later position must not reach an earlier row.
     let common = limits[0];
     assert!(limits[T - 1] <= stride && probabilities.len() >= T * stride);
     // SAFETY: slots and dimensions lie inside the value blocks, the last vector ends with them; positions are below
     // each query's limit, so inside its `stride` values; the unit owns the columns it writes.
     unsafe {
-        let row = |values: *const u8, slot: usize| {
-            let mut v = [S::splat(0.0); D];
-            for i in 0..D {
-                let at = slot * head_dim + d + i * 16;
-                let whole = i < D - 1 || last == 16;
-                v[i] = if whole { S::load::<K>(values, at) } else { S::load_first::<K>(values, at, last) };
-            }
-            v
-        };
         let mut acc = [[S::splat(0.0); D]; T];
         for first in (0..common).step_by(PAGE_TOKENS) {
-            let base = values(first);
+            let base = values::<K>(unit, first);
             for slot in 0..(common - first).min(PAGE_TOKENS) {
-                let v = row(base, slot);
+                let v = row::<S, K, D>(base, slot * head_dim + d, last);
                 for t in 0..T {
                     let probability = S::splat(*probabilities.get_unchecked(t * stride + first + slot));
                     for i in 0..D {
@@ -215,7 +202,7 @@ unsafe fn mix<S: Simd, const K: u8, const T: usize, const D: usize>(
         }
         for t in 0..T {
             for position in common..limits[t] {
-                let v = row(values(position), position % PAGE_TOKENS);
+                let v = row::<S, K, D>(values::<K>(unit, position), position % PAGE_TOKENS * head_dim + d, last);
                 let probability = S::splat(probabilities[t * stride + position]);
                 for i in 0..D {
                     acc[t][i] = S::mul_add(probability, v[i], acc[t][i]);
@@ -230,6 +217,31 @@ unsafe fn mix<S: Simd, const K: u8, const T: usize, const D: usize>(
         }
     }
     n
+}
+
+/// `D` vectors of dimensions from element `at` on, the last of `last`.
+///
+/// # Safety
+/// The CPU has the instructions of `S`; the elements exist.
+#[inline(always)]
+unsafe fn row<S: Simd, const K: u8, const D: usize>(values: *const u8, at: usize, last: usize) -> [S::F; D] {
+    // SAFETY: the contract of this function.
+    unsafe {
+        let mut v = [S::splat(0.0); D];
+        for i in 0..D {
+            let whole = i < D - 1 || last == 16;
+            let at = at + i * 16;
+            v[i] = if whole { S::load::<K>(values, at) } else { S::load_first::<K>(values, at, last) };
+        }
+        v
+    }
+}
+
+/// First byte of the values of a position's page.
+#[inline(always)]
+fn values<const K: u8>(unit: &Unit<'_>, position: usize) -> *const u8 {
+    let elements = unit.kv.layout().head_dim * PAGE_TOKENS;
+    block::<K>(unit, unit.pages[position / PAGE_TOKENS]).wrapping_add(elements * if K == F32 { 4 } else { 2 })
 }
 
 /// First byte of the unit's head in a page: keys, then values.

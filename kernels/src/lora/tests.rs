@@ -11,6 +11,7 @@ on_every_backend! {
     agrees_with_f64_for_every_kind_of_rank,
     a_row_alone_equals_the_row_in_a_mixed_batch,
     rows_without_an_adapter_keep_their_bits,
+    a_group_of_layers_equals_separate_calls,
 }
 
 const DTYPES: [LoraDtype; 3] = [LoraDtype::F32, LoraDtype::F16, LoraDtype::BF16];
@@ -136,6 +137,33 @@ fn rows_without_an_adapter_keep_their_bits(backend: Backend) {
         assert_eq!(bits(&out[row * 20..][..20]), bits(&y[row * 20..][..20]));
     }
     assert_ne!(bits(&out[20..40]), bits(&y[20..40]));
+}
+
+fn a_group_of_layers_equals_separate_calls(backend: Backend) {
+    let mut noise = Noise::new(8);
+    let n_in = 64;
+    let cases =
+        [(16, 48), (3, 20), (40, 33)].map(|(rank, n_out)| case(rank, n_in, n_out, LoraDtype::F16, false, &mut noise));
+    for n_rows in [1, 5, 40] {
+        let x = noise.values(n_rows * n_in);
+        // The middle layer has no adapter for the first row.
+        let ranges = [0..n_rows, n_rows.min(1)..n_rows, 0..n_rows];
+        let segments: Vec<_> =
+            cases.iter().zip(&ranges).map(|(case, rows)| [Segment { rows: rows.clone(), pair: &case.pair }]).collect();
+        let before = [48, 20, 33].map(|n_out| noise.values(n_rows * n_out));
+        let mut together = before.clone();
+        let mut deltas: Vec<_> = together
+            .iter_mut()
+            .zip(&segments)
+            .zip(&cases)
+            .map(|((y, segments), case)| Delta { segments, y, n_out: case.pair.n_out() })
+            .collect();
+        with(backend, || lora_delta_group(&Pool::new(2), &x, n_in, &mut deltas, &mut Scratch::default()));
+        for i in 0..3 {
+            let alone = delta(backend, 1, &[(ranges[i].clone(), &cases[i])], &x, &before[i]);
+            assert_eq!(bits(&together[i]), bits(&alone), "layer {i}, {n_rows} rows");
+        }
+    }
 }
 
 #[test]

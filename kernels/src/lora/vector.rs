@@ -103,8 +103,11 @@ unsafe fn shrink_tile<S: Simd, const K: u8, const R: usize>(
         acc
     };
     for r in 0..R {
-        // SAFETY: the contract of this function.
-        let sums = unsafe { acc[r].map(|chain| lanes::<S>(chain)) };
+        let mut sums = [[0.0; PANEL]; CHAINS];
+        for chain in 0..CHAINS {
+            // SAFETY: the contract of this function.
+            sums[chain] = unsafe { lanes::<S>(acc[r][chain]) };
+        }
         // SAFETY: the contract of `scalar::shrink`.
         let to = unsafe { work.shrunk.cols(row + r, panel * PANEL, PANEL) };
         to.copy_from_slice(&fold(sums, width));

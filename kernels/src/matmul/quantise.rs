@@ -3,56 +3,45 @@
 //!
 //! Rule of a block: `m = max |x|`; scale `m / 127`; code `round(x * (127 / m))`, ties to even. A block whose `m` is
 //! below [`TINY`] counts as zero; one with a NaN or infinity gets the scale NaN, so that damage stays visible.
+//!
+//! Eight rows lie together, block by block, so that a tile of rows is one stream with everything at fixed places.
 
 use super::scalar::quantise_row;
 use super::vector::int8::QuantiseRow;
-use crate::aligned::Aligned;
+use crate::aligned::OutMat;
 use crate::backend::Backend;
 use crate::pool::Pool;
 
 /// Inputs per activation scale.
 pub(super) const BLOCK: usize = 32;
+/// Rows that lie together.
+pub(super) const ROWS: usize = 8;
 /// 2^-100: below it 127 / m could overflow; no activation that matters is that small.
 pub(super) const TINY: f32 = f32::from_bits(27 << 23);
-/// Rows handed out at once.
-const ROWS_PER_TASK: usize = 8;
+
+/// 32 inputs of eight rows.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Rounded {
+    pub(super) codes: [[i8; BLOCK]; ROWS],
+    pub(super) scales: [f32; ROWS],
+    /// Minus the sum of the codes.
+    pub(super) neg_sums: [i32; ROWS],
+    /// Scale times the sum of the codes.
+    pub(super) sums: [f32; ROWS],
+    /// As `neg_sums`, of each half of the block.
+    pub(super) half_neg_sums: [[i32; ROWS]; 2],
+    /// As `sums`, of each half of the block.
+    pub(super) half_sums: [[f32; ROWS]; 2],
+}
+
+const _: () = assert!(size_of::<Rounded>() == 512);
 
 /// Rounded activations; valid for the rows of the last [`Activations::fill`].
 #[derive(Debug, Default)]
 pub(super) struct Activations {
-    /// `[n_rows, n_in]` i8.
-    codes: Aligned,
-    /// `[n_rows, n_in / 32]` f32.
-    scales: Aligned,
-    /// `[n_rows, n_in / 32]` i32: minus the sum of the codes of each block.
-    neg_sums32: Aligned,
-    /// `[n_rows, n_in / 16]` i32: minus the sum of the codes of each half block.
-    neg_sums16: Aligned,
-    /// `[n_rows, n_in / 32]` f32: scale times sum of codes.
-    sums32: Aligned,
-    /// `[n_rows, n_in / 16]` f32.
-    sums16: Aligned,
-}
-
-/// One rounded row.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Row<'a> {
-    pub(super) codes: &'a [i8],
-    pub(super) scales: &'a [f32],
-    pub(super) neg_sums32: &'a [i32],
-    pub(super) neg_sums16: &'a [i32],
-    pub(super) sums32: &'a [f32],
-    pub(super) sums16: &'a [f32],
-}
-
-/// Where one row goes.
-pub(super) struct RowMut<'a> {
-    pub(super) codes: &'a mut [i8],
-    pub(super) scales: &'a mut [f32],
-    pub(super) neg_sums32: &'a mut [i32],
-    pub(super) neg_sums16: &'a mut [i32],
-    pub(super) sums32: &'a mut [f32],
-    pub(super) sums16: &'a mut [f32],
+    /// `[n_rows / 8][n_in / 32]`.
+    blocks: Vec<Rounded>,
 }
 
 // === impl Activations ===
@@ -60,91 +49,58 @@ pub(super) struct RowMut<'a> {
 impl Activations {
     /// Rounds `x` `[n_rows, n_in]`; `n_in` is a multiple of 32.
     pub(super) fn fill(&mut self, pool: &Pool, backend: Backend, x: &[f32], n_rows: usize, n_in: usize) {
-        let n_blocks = n_rows * (n_in / BLOCK);
-        self.codes.grow::<i8>(n_rows * n_in);
-        self.scales.grow::<f32>(n_blocks);
-        self.neg_sums32.grow::<i32>(n_blocks);
-        self.neg_sums16.grow::<i32>(2 * n_blocks);
-        self.sums32.grow::<f32>(n_blocks);
-        self.sums16.grow::<f32>(2 * n_blocks);
-        let target = Target::new(self, n_in);
-        pool.run_chunks(n_rows, ROWS_PER_TASK, &|rows| {
-            for row in rows {
-                // SAFETY: the buffers were grown to `n_rows` rows above and are borrowed by `target`; each row is
-                // handed out once.
-                let to = unsafe { target.row(row) };
-                let row = QuantiseRow { x: &x[row * n_in..][..n_in], to };
-                // SAFETY: the active backend is available; the slices fit (see `Target::row`).
-                unsafe { backend.run(row, |row| quantise_row(row.x, row.to)) };
+        let (n_groups, n_blocks) = (n_rows.div_ceil(ROWS), n_in / BLOCK);
+        if self.blocks.len() < n_groups * n_blocks {
+            self.blocks.resize(n_groups * n_blocks, Rounded::ZERO);
+        }
+        let target = OutMat::new(&mut self.blocks[..n_groups * n_blocks], n_groups, n_blocks);
+        pool.run_chunks(n_groups, 1, &|groups| {
+            // SAFETY: each group is handed out once.
+            let blocks = unsafe { target.cols(groups.start, 0, n_blocks) };
+            for row in groups.start * ROWS..(groups.end * ROWS).min(n_rows) {
+                let kernel = QuantiseRow { x: &x[row * n_in..][..n_in], blocks, row: row % ROWS };
+                // SAFETY: the active backend is available.
+                unsafe { backend.run(kernel, |k| quantise_row(k.x, k.blocks, k.row)) };
             }
         });
     }
 
-    /// A row of the last fill, which must have had this `n_in`.
-    pub(super) fn row(&self, row: usize, n_in: usize) -> Row<'_> {
-        let (n32, n16) = (n_in / 32, n_in / 16);
-        Row {
-            codes: &self.codes.view()[row * n_in..][..n_in],
-            scales: &self.scales.view()[row * n32..][..n32],
-            neg_sums32: &self.neg_sums32.view()[row * n32..][..n32],
-            neg_sums16: &self.neg_sums16.view()[row * n16..][..n16],
-            sums32: &self.sums32.view()[row * n32..][..n32],
-            sums16: &self.sums16.view()[row * n16..][..n16],
-        }
+    /// The blocks of the eight rows from `first` on, a multiple of 8; the last fill must have had this `n_in`.
+    pub(super) fn rows(&self, first: usize, n_in: usize) -> &[Rounded] {
+        debug_assert!(first.is_multiple_of(ROWS));
+        &self.blocks[first / ROWS * (n_in / BLOCK)..][..n_in / BLOCK]
     }
 }
 
-/// The buffers as raw pointers, so that threads can fill different rows.
-struct Target<'a> {
-    n_in: usize,
-    codes: *mut i8,
-    scales: *mut f32,
-    neg_sums32: *mut i32,
-    neg_sums16: *mut i32,
-    sums32: *mut f32,
-    sums16: *mut f32,
-    _borrow: std::marker::PhantomData<&'a mut Activations>,
-}
+// === impl Rounded ===
 
-// SAFETY: rows are disjoint and handed out once (contract of `row`).
-unsafe impl Sync for Target<'_> {}
+impl Rounded {
+    const ZERO: Self = Self {
+        codes: [[0; BLOCK]; ROWS],
+        scales: [0.0; ROWS],
+        neg_sums: [0; ROWS],
+        sums: [0.0; ROWS],
+        half_neg_sums: [[0; ROWS]; 2],
+        half_sums: [[0.0; ROWS]; 2],
+    };
 
-// === impl Target ===
-
-impl<'a> Target<'a> {
-    fn new(of: &'a mut Activations, n_in: usize) -> Self {
-        Self {
-            n_in,
-            codes: of.codes.view_mut::<i8>().as_mut_ptr(),
-            scales: of.scales.view_mut::<f32>().as_mut_ptr(),
-            neg_sums32: of.neg_sums32.view_mut::<i32>().as_mut_ptr(),
-            neg_sums16: of.neg_sums16.view_mut::<i32>().as_mut_ptr(),
-            sums32: of.sums32.view_mut::<f32>().as_mut_ptr(),
-            sums16: of.sums16.view_mut::<f32>().as_mut_ptr(),
-            _borrow: std::marker::PhantomData,
-        }
-    }
-
-    /// # Safety
-    /// The buffers hold more than `row` rows, and no row is asked for twice at a time.
-    unsafe fn row(&self, row: usize) -> RowMut<'a> {
-        let (n32, n16) = (self.n_in / 32, self.n_in / 16);
-        // SAFETY: in bounds and exclusive by the contract.
-        unsafe {
-            RowMut {
-                codes: std::slice::from_raw_parts_mut(self.codes.add(row * self.n_in), self.n_in),
-                scales: std::slice::from_raw_parts_mut(self.scales.add(row * n32), n32),
-                neg_sums32: std::slice::from_raw_parts_mut(self.neg_sums32.add(row * n32), n32),
-                neg_sums16: std::slice::from_raw_parts_mut(self.neg_sums16.add(row * n16), n16),
-                sums32: std::slice::from_raw_parts_mut(self.sums32.add(row * n32), n32),
-                sums16: std::slice::from_raw_parts_mut(self.sums16.add(row * n16), n16),
-            }
+    /// Writes what follows from a row's scale and the sums of its codes in both halves.
+    #[inline(always)]
+    pub(super) fn put(&mut self, row: usize, scale: f32, halves: [i32; 2]) {
+        let sum = halves[0] + halves[1];
+        self.scales[row] = scale;
+        self.neg_sums[row] = -sum;
+        self.sums[row] = scale * sum as f32;
+        for (half, sum) in halves.into_iter().enumerate() {
+            self.half_neg_sums[half][row] = -sum;
+            self.half_sums[half][row] = scale * sum as f32;
         }
     }
 }
 
 /// Scale and reciprocal of a block with the largest magnitude `m` (bits of `|x|`, compared as integers, so that a
 /// NaN or infinity wins). Shared by the backends.
+#[inline(always)]
 pub(super) fn block_scale(max_bits: u32) -> (f32, f32) {
     let m = f32::from_bits(max_bits);
     if !m.is_finite() {

@@ -1,27 +1,21 @@
 //! The reference: what every backend of the product must compute, bit for bit, written for reading.
 
-use super::quantise::{BLOCK, RowMut, block_scale};
+use super::quantise::{BLOCK, ROWS, Rounded, block_scale};
 use super::{F32Unit, Int8Unit};
 use crate::matrix::PANEL;
 
-/// Rounds one row; see `quantise` for the rule.
-pub(super) fn quantise_row(x: &[f32], to: RowMut<'_>) {
-    for (block, x) in x.chunks_exact(BLOCK).enumerate() {
+/// Rounds one row into place `row` of its eight; see `quantise` for the rule.
+pub(super) fn quantise_row(x: &[f32], blocks: &mut [Rounded], row: usize) {
+    for (x, block) in x.chunks_exact(BLOCK).zip(blocks) {
         let max_bits = x.iter().map(|x| x.abs().to_bits()).max().unwrap_or(0);
         let (scale, inverse) = block_scale(max_bits);
-        let codes = &mut to.codes[block * BLOCK..][..BLOCK];
+        let codes = &mut block.codes[row];
         for (code, x) in codes.iter_mut().zip(x) {
             // A block without a finite maximum has code 0 and scale NaN.
             *code = if scale.is_nan() { 0 } else { (x * inverse).round_ties_even() as i8 };
         }
-        to.scales[block] = scale;
         let halves = [0, 1].map(|half| codes[half * 16..][..16].iter().map(|&code| i32::from(code)).sum::<i32>());
-        for (half, sum) in halves.into_iter().enumerate() {
-            to.neg_sums16[2 * block + half] = -sum;
-            to.sums16[2 * block + half] = scale * sum as f32;
-        }
-        to.neg_sums32[block] = -(halves[0] + halves[1]);
-        to.sums32[block] = scale * (halves[0] + halves[1]) as f32;
+        block.put(row, scale, halves);
     }
 }
 
@@ -31,8 +25,7 @@ pub(super) fn int8(unit: &Int8Unit<'_>) {
     let (coded, n_in) = (unit.coded, unit.n_in);
     let group_len = coded.form.group;
     for row in unit.rows.clone() {
-        let x = unit.activations.row(row, n_in);
-        let (neg_sums, sums) = if group_len == 16 { (x.neg_sums16, x.sums16) } else { (x.neg_sums32, x.sums32) };
+        let (blocks, place) = (unit.activations.rows(row / ROWS * ROWS, n_in), row % ROWS);
         for panel in unit.panels.clone() {
             let n_cols = (unit.out.n_cols() - panel * PANEL).min(PANEL);
             // SAFETY: the unit owns these columns of this row.
@@ -40,14 +33,20 @@ pub(super) fn int8(unit: &Int8Unit<'_>) {
             for (lane, out) in out.iter_mut().enumerate() {
                 let mut acc = 0.0f32;
                 for group in 0..n_in / group_len {
-                    let mut dot = coded.zero() * neg_sums[group];
-                    for k in group * group_len..(group + 1) * group_len {
-                        dot += i32::from(coded.code(panel, lane, k, n_in)) * i32::from(x.codes[k]);
+                    let first = group * group_len;
+                    let block = &blocks[first / BLOCK];
+                    let (neg_sum, sum) = match group_len {
+                        BLOCK => (block.neg_sums[place], block.sums[place]),
+                        _ => (block.half_neg_sums[group % 2][place], block.half_sums[group % 2][place]),
+                    };
+                    let mut dot = coded.zero() * neg_sum;
+                    for k in first..first + group_len {
+                        dot += i32::from(coded.code(panel, lane, k, n_in)) * i32::from(block.codes[place][k % BLOCK]);
                     }
-                    let scale = coded.scale(panel, lane, group, n_in) * x.scales[group * group_len / BLOCK];
+                    let scale = coded.scale(panel, lane, group, n_in) * block.scales[place];
                     acc = (dot as f32).mul_add(scale, acc);
                     if coded.form.has_min {
-                        acc = coded.min(panel, lane, group, n_in).mul_add(sums[group], acc);
+                        acc = coded.min(panel, lane, group, n_in).mul_add(sum, acc);
                     }
                 }
                 *out = acc;

@@ -143,7 +143,7 @@ fn norm_rotation_and_gate_agree_with_f64() {
 #[test]
 fn additions_add() {
     let mut y = vec![1.0, 2.0, 3.0, 4.0];
-    add_in_place(&mut y, &[0.5, 0.5, 0.5, 0.5]);
+    add_in_place(&Pool::new(2), &mut y, &[0.5, 0.5, 0.5, 0.5]);
     add_bias_rows(&mut y, 2, &[10.0, 20.0]);
     assert_eq!(y, [11.5, 22.5, 13.5, 24.5]);
 }

@@ -67,8 +67,8 @@ unsafe fn widen<const K: u8>(from: *const u16) -> Pair {
         if K == F16 {
             [_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)]
         } else {
-            let place = |bits| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits)));
-            [place(low), place(high)]
+            let (low, high) = (_mm256_cvtepu16_epi32(low), _mm256_cvtepu16_epi32(high));
+            [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high))]
         }
     }
 }
@@ -91,15 +91,15 @@ unsafe fn add_pairs(acc: __m256i, products: __m256i) -> __m256i {
 unsafe fn dot_widened(bits: u32, acc: __m256i, codes: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
     // SAFETY: the contract of this function.
     unsafe {
-        let product = |quad: usize| {
-            if bits == 8 {
+        let mut p = codes;
+        for quad in 0..4 {
+            p[quad] = if bits == 8 {
                 let centred = _mm256_xor_si256(codes[quad], _mm256_set1_epi8(i8::MIN));
                 _mm256_maddubs_epi16(_mm256_abs_epi8(centred), _mm256_sign_epi8(x[quad], centred))
             } else {
                 _mm256_maddubs_epi16(codes[quad], x[quad])
-            }
-        };
-        let p = [product(0), product(1), product(2), product(3)];
+            };
+        }
         if bits == 8 {
             return add_pairs(add_pairs(add_pairs(add_pairs(acc, p[0]), p[1]), p[2]), p[3]);
         }
@@ -167,21 +167,26 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         }
         fn select_first(n: usize, a: Pair, b: Pair) -> Pair {
             let mask = first(n);
-            let pick = |i: usize| _mm256_blendv_ps(b[i], a[i], _mm256_castsi256_ps(mask[i]));
-            [pick(0), pick(1)]
+            [
+                _mm256_blendv_ps(b[0], a[0], _mm256_castsi256_ps(mask[0])),
+                _mm256_blendv_ps(b[1], a[1], _mm256_castsi256_ps(mask[1])),
+            ]
         }
         fn select_greater(a: Pair, b: Pair, yes: (Pair, IntPair), no: (Pair, IntPair)) -> (Pair, IntPair) {
-            let above = [_mm256_cmp_ps::<_CMP_GT_OQ>(a[0], b[0]), _mm256_cmp_ps::<_CMP_GT_OQ>(a[1], b[1])];
-            let pick = |i: usize| _mm256_blendv_ps(no.0[i], yes.0[i], above[i]);
-            let index = |i: usize| _mm256_blendv_epi8(no.1[i], yes.1[i], _mm256_castps_si256(above[i]));
-            ([pick(0), pick(1)], [index(0), index(1)])
+            let mut out = no;
+            for i in 0..2 {
+                let above = _mm256_cmp_ps::<_CMP_GT_OQ>(a[i], b[i]);
+                out.0[i] = _mm256_blendv_ps(no.0[i], yes.0[i], above);
+                out.1[i] = _mm256_blendv_epi8(no.1[i], yes.1[i], _mm256_castps_si256(above));
+            }
+            out
         }
         fn round(a: Pair) -> IntPair { [_mm256_cvtps_epi32(a[0]), _mm256_cvtps_epi32(a[1])] }
         fn float(a: IntPair) -> Pair { [_mm256_cvtepi32_ps(a[0]), _mm256_cvtepi32_ps(a[1])] }
         fn power_of_two(n: IntPair) -> Pair {
             let bias = _mm256_set1_epi32(127);
-            let place = |n| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(n, bias)));
-            [place(n[0]), place(n[1])]
+            let (low, high) = (_mm256_add_epi32(n[0], bias), _mm256_add_epi32(n[1], bias));
+            [_mm256_castsi256_ps(_mm256_slli_epi32::<23>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<23>(high))]
         }
         fn bits(a: Pair) -> IntPair { [_mm256_castps_si256(a[0]), _mm256_castps_si256(a[1])] }
         fn isplat(x: i32) -> IntPair { [_mm256_set1_epi32(x); 2] }
@@ -219,7 +224,8 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         fn dot(bits: u32, acc: IntPair, codes: [IntPair; 4], x: [IntPair; 4]) -> IntPair {
             let mut out = acc;
             for half in 0..2 {
-                let (c, x) = (codes.map(|c| c[half]), x.map(|x| x[half]));
+                let c = [codes[0][half], codes[1][half], codes[2][half], codes[3][half]];
+                let x = [x[0][half], x[1][half], x[2][half], x[3][half]];
                 if VNNI {
                     for quad in 0..4 {
                         out[half] = _mm256_dpbusd_avx_epi32(out[half], c[quad], x[quad]);

@@ -174,7 +174,7 @@ impl Forward for Runtime {
             vocab: info.vocab,
             n_layers: info.n_layers,
         };
-        let plan = Plan::new(step, &bounds);
+        let plan = Plan::new(step, &bounds, std::mem::take(&mut self.buffers.plan));
         // 2. Look the tokens up: the residual stream, [n_rows, hidden].
         embed(weights, info, &plan, &mut self.buffers);
         // 3. Every block adds to the residual stream, and writes its keys and values into the pages.
@@ -185,6 +185,7 @@ impl Forward for Runtime {
         }
         // 4. The head, for the rows whose logits are wanted.
         head(&self.pool, self.precision, weights, info, &plan, self.n_logits_max, &mut self.buffers);
+        self.buffers.plan = plan.into_spare();
         &self.buffers.logits
     }
 

@@ -187,6 +187,23 @@ unsafe fn widen<S: Simd, const K: u8>(from: *const u8, at: usize, n: usize, to: 
     }
 }
 
+/// Sixteen scales, or minima, of a group.
+///
+/// # Safety
+/// As `dequantise`; the indices are those of the panel's group and of its f16 factors where they are nested.
+#[inline(always)]
+unsafe fn factors<S: Simd>(nested: bool, of: &Aligned, subs: &Aligned, group_at: usize, nest_at: usize) -> S::F {
+    let of = of.view::<u8>().as_ptr();
+    // SAFETY: the contract of this function.
+    unsafe {
+        if !nested {
+            return S::load::<F16>(of, group_at * PANEL);
+        }
+        let sub = S::float(S::widen_i8(subs.view::<u8>().as_ptr().add(group_at * PANEL)));
+        S::mul(S::load::<F16>(of, nest_at * PANEL), sub)
+    }
+}
+
 /// One group of a panel; `start` is its first input.
 ///
 /// # Safety
@@ -197,32 +214,28 @@ unsafe fn dequantise_group<S: Simd>(coded: &Coded, panel: usize, start: usize, n
     let group_at = panel * (n_in / form.group) + start / form.group;
     // SAFETY: the contract of this function: the group's codes and factors are inside their buffers.
     unsafe {
-        let factors = |of: &Aligned, subs: &Aligned| {
-            let of = of.view::<u8>().as_ptr();
-            if form.nested {
-                let sub = S::float(S::widen_i8(subs.view::<u8>().as_ptr().add(group_at * PANEL)));
-                S::mul(S::load::<F16>(of, (panel * (n_in / NEST) + start / NEST) * PANEL), sub)
-            } else {
-                S::load::<F16>(of, group_at * PANEL)
-            }
+        let nest_at = panel * (n_in / NEST) + start / NEST;
+        let scale = factors::<S>(form.nested, &coded.scales, &coded.sub_scales, group_at, nest_at);
+        let min = if form.has_min {
+            factors::<S>(form.nested, &coded.mins, &coded.sub_mins, group_at, nest_at)
+        } else {
+            S::splat(0.0)
         };
-        let scale = factors(&coded.scales, &coded.sub_scales);
-        let min = if form.has_min { factors(&coded.mins, &coded.sub_mins) } else { S::splat(0.0) };
         let zero = S::isplat(coded.zero());
         let (low_mask, high_mask) =
             (S::isplat(if form.bits == 8 { 255 } else { 15 }), S::isplat((1 << (form.bits.clamp(4, 6) - 4)) - 1));
-        let line = |of: &Aligned, at: usize| S::iload(of.view::<u8>().as_ptr().add(at * 64));
+        let (codes, high_codes) = (coded.codes.view::<u8>().as_ptr(), coded.high.view::<u8>().as_ptr());
         let block = (panel * n_in + start) / 32;
         for quad in start % 32 / 4..start % 32 / 4 + form.group / 4 {
             let (low, low_shift, high, high_shift) = match form.bits {
-                8 => (line(&coded.codes, block * 8 + quad), 0, zero, 0),
+                8 => (S::iload(codes.add((block * 8 + quad) * 64)), 0, zero, 0),
                 bits => {
                     let (high, high_shift) = match bits {
-                        5 => (line(&coded.high, block), quad),
-                        6 => (line(&coded.high, block * 2 + quad / 4), quad % 4 * 2),
+                        5 => (S::iload(high_codes.add(block * 64)), quad),
+                        6 => (S::iload(high_codes.add((block * 2 + quad / 4) * 64)), quad % 4 * 2),
                         _ => (zero, 0),
                     };
-                    (line(&coded.codes, block * 4 + quad % 4), quad / 4 * 4, high, high_shift)
+                    (S::iload(codes.add((block * 4 + quad % 4) * 64)), quad / 4 * 4, high, high_shift)
                 }
             };
             for j in 0..4 {

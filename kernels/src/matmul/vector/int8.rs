@@ -6,10 +6,15 @@
 
 #![expect(clippy::needless_range_loop, reason = "tiles: one index names the same row or quad in several arrays")]
 
+use std::ops::Range;
+
 use super::super::Int8Unit;
-use super::super::quantise::{BLOCK, Row, RowMut, block_scale};
+use super::super::quantise::{BLOCK, ROWS, Rounded, block_scale};
 use crate::matrix::{CodeForm, NEST, PANEL};
 use crate::simd::{F16, F32, Kernel, Simd, int_lanes};
+
+/// Codes of panels that go through all rows of a unit together: half of an L1 cache.
+const L1_BYTES: usize = 24 << 10;
 
 /// A code form known at compile time.
 trait Form {
@@ -76,21 +81,38 @@ impl<F: Form> Kernel for Panels<'_, '_, F> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let unit = self.unit;
-        for panel in unit.panels.clone() {
+        let panel_bytes = unit.n_in * PANEL * F::BITS as usize / 8;
+        let panels_at_once = (L1_BYTES / panel_bytes).max(1);
+        for first in unit.panels.clone().step_by(panels_at_once) {
+            let panels = first..(first + panels_at_once).min(unit.panels.end);
             let mut row = unit.rows.start;
             while row < unit.rows.end {
-                // SAFETY: the rows of each tile lie inside the unit; the rest is the contract of this function.
+                // SAFETY: the rows of each tile lie inside the unit, and a tile's rows in one group of eight, because
+                // units begin at such a group; the rest is the contract of this function.
                 row += unsafe {
                     match unit.rows.end - row {
-                        1 => tile::<S, F, 1>(unit, panel, row),
-                        2 | 3 => tile::<S, F, 2>(unit, panel, row),
-                        8.. if S::VECTORS > 16 => tile::<S, F, 8>(unit, panel, row),
-                        _ => tile::<S, F, 4>(unit, panel, row),
+                        1 => tiles::<S, F, 1>(unit, panels.clone(), row),
+                        2 | 3 => tiles::<S, F, 2>(unit, panels.clone(), row),
+                        8.. if S::VECTORS > 16 => tiles::<S, F, 8>(unit, panels.clone(), row),
+                        _ => tiles::<S, F, 4>(unit, panels.clone(), row),
                     }
                 };
             }
         }
     }
+}
+
+/// `R` rows by some panels; returns `R`.
+///
+/// # Safety
+/// As `tile`, for all of the panels.
+#[inline(always)]
+unsafe fn tiles<S: Simd, F: Form, const R: usize>(unit: &Int8Unit<'_>, panels: Range<usize>, row: usize) -> usize {
+    for panel in panels {
+        // SAFETY: the contract of this function.
+        unsafe { tile::<S, F, R>(unit, panel, row) };
+    }
+    R
 }
 
 /// Codes of 32 inputs by 16 columns, a byte each: the quads of inputs in order, in two halves.
@@ -99,20 +121,27 @@ impl<F: Form> Kernel for Panels<'_, '_, F> {
 /// The CPU has the instructions of `S`; block `block` of 32 inputs by a panel exists.
 #[inline(always)]
 unsafe fn codes<S: Simd, F: Form>(unit: &Int8Unit<'_>, block: usize) -> [[S::I; 4]; 2] {
+    // SAFETY: the contract of this function.
+    let none = unsafe { S::isplat(0) };
+    let mut out = [[none; 4]; 2];
     // SAFETY: the contract of this function: all lines of the block are inside their buffers.
     unsafe {
-        let line = |of: &crate::aligned::Aligned, at: usize| S::iload(of.view::<u8>().as_ptr().add(at * 64));
-        let of = &unit.coded.codes;
+        let low = unit.coded.codes.view::<u8>().as_ptr();
+        let high = unit.coded.high.view::<u8>().as_ptr();
         if F::BITS == 8 {
-            return [0, 4].map(|half| [0, 1, 2, 3].map(|quad| line(of, block * 8 + half + quad)));
+            for quad in 0..8 {
+                out[quad / 4][quad % 4] = S::iload(low.add((block * 8 + quad) * 64));
+            }
+            return out;
         }
         let nibble = S::isplat(0x0f0f_0f0f);
-        let lines = [0, 1, 2, 3].map(|quad| line(of, block * 4 + quad));
-        let low = lines.map(|line| S::and(line, nibble));
-        let high = lines.map(|line| S::and(S::shift_right(line, 4), nibble));
-        let mut out = [low, high];
+        for quad in 0..4 {
+            let line = S::iload(low.add((block * 4 + quad) * 64));
+            out[0][quad] = S::and(line, nibble);
+            out[1][quad] = S::and(S::shift_right(line, 4), nibble);
+        }
         if F::BITS == 5 {
-            let (fifth, one) = (line(&unit.coded.high, block), S::isplat(0x1010_1010));
+            let (fifth, one) = (S::iload(high.add(block * 64)), S::isplat(0x1010_1010));
             for quad in 0..8 {
                 let bit = if quad <= 4 { S::shift_left(fifth, 4 - quad) } else { S::shift_right(fifth, quad - 4) };
                 out[quad / 4][quad % 4] = S::or(out[quad / 4][quad % 4], S::and(bit, one));
@@ -121,15 +150,42 @@ unsafe fn codes<S: Simd, F: Form>(unit: &Int8Unit<'_>, block: usize) -> [[S::I; 
         if F::BITS == 6 {
             let three = S::isplat(0x3030_3030);
             for half in 0..2 {
-                let both = line(&unit.coded.high, block * 2 + half);
+                let both = S::iload(high.add((block * 2 + half) * 64));
                 for quad in 0..4 {
                     let bits = if quad <= 2 { S::shift_left(both, 4 - 2 * quad) } else { S::shift_right(both, 2) };
                     out[half][quad] = S::or(out[half][quad], S::and(bits, three));
                 }
             }
         }
+    }
+    out
+}
+
+/// Four quads of a row's codes, each in all lanes.
+///
+/// # Safety
+/// The CPU has the instructions of `S`; 16 codes follow.
+#[inline(always)]
+unsafe fn quads<S: Simd>(codes: *const i8) -> [S::I; 4] {
+    // SAFETY: the contract of this function.
+    unsafe {
+        let mut out = [S::isplat(0); 4];
+        for quad in 0..4 {
+            out[quad] = S::isplat(codes.cast::<i32>().add(quad).read_unaligned());
+        }
         out
     }
+}
+
+/// What the integer sum of a symmetric form starts from: minus zero point times sum of codes.
+///
+/// # Safety
+/// The CPU has the instructions of `S`.
+#[inline(always)]
+unsafe fn zero<S: Simd, F: Form>(neg_sum: i32) -> S::I {
+    let folded = F::HAS_MIN || (F::BITS == 8 && S::CENTRES_8_BIT);
+    // SAFETY: the contract of this function.
+    unsafe { S::isplat(if folded { 0 } else { neg_sum << F::ZERO_SHIFT }) }
 }
 
 /// Sixteen scales, or minima, of a group.
@@ -156,48 +212,52 @@ unsafe fn factors<S: Simd, F: Form>(
     }
 }
 
-/// `R` rows by a panel; returns `R`.
+/// `R` rows by a panel.
 ///
 /// # Safety
-/// The CPU has the instructions of `S`; `panel` and `row..row + R` lie inside the unit.
+/// The CPU has the instructions of `S`; `panel` and `row..row + R` lie inside the unit, the rows in one group of eight.
 #[inline(always)]
-unsafe fn tile<S: Simd, F: Form, const R: usize>(unit: &Int8Unit<'_>, panel: usize, row: usize) -> usize {
+unsafe fn tile<S: Simd, F: Form, const R: usize>(unit: &Int8Unit<'_>, panel: usize, row: usize) {
     let n_in = unit.n_in;
-    let x: [_; R] = std::array::from_fn(|r| unit.activations.row(row + r, n_in));
+    let place = row % ROWS;
+    let x = unit.activations.rows(row - place, n_in);
     // SAFETY: block, group, panel and rows are in range, so what belongs to them is inside its buffer, whose size
     // follows from the shapes checked when it was made; the unit owns the columns it writes.
     unsafe {
         let mut acc = [S::splat(0.0); R];
-        for block in 0..n_in / BLOCK {
+        for (block, x) in x.iter().enumerate() {
             let [first, second] = codes::<S, F>(unit, panel * (n_in / BLOCK) + block);
-            let quads = |r: usize, half: usize| {
-                let from = x[r].codes.as_ptr().add(block * BLOCK + half * 16).cast::<i32>();
-                [0, 1, 2, 3].map(|quad| S::isplat(from.add(quad).read_unaligned()))
-            };
-            // What a symmetric form starts from: minus zero point times sum of codes.
-            let zero = |neg_sum: i32| {
-                let folded = F::HAS_MIN || (F::BITS == 8 && S::CENTRES_8_BIT);
-                S::isplat(if folded { 0 } else { neg_sum << F::ZERO_SHIFT })
-            };
+            // The rows of the tile begin at their first place in the eight.
+            let row_codes = x.codes.as_ptr().add(place).cast::<i8>();
+            let row_scales = x.scales.as_ptr().add(place);
             if F::GROUP == 32 {
                 let mut dots = [S::isplat(0); R];
                 for r in 0..R {
                     // Two sums of four quads, so that neither is a long chain.
-                    let start = S::dot(F::BITS, zero(*x[r].neg_sums32.as_ptr().add(block)), first, quads(r, 0));
-                    dots[r] = S::iadd(start, S::dot(F::BITS, S::isplat(0), second, quads(r, 1)));
+                    let start = S::dot(
+                        F::BITS,
+                        zero::<S, F>(*x.neg_sums.as_ptr().add(place + r)),
+                        first,
+                        quads::<S>(row_codes.add(r * BLOCK)),
+                    );
+                    dots[r] = S::iadd(
+                        start,
+                        S::dot(F::BITS, S::isplat(0), second, quads::<S>(row_codes.add(r * BLOCK + 16))),
+                    );
                 }
-                let sums: [_; R] = std::array::from_fn(|r| x[r].sums32.as_ptr());
-                add_group::<S, F, R>(unit, panel, block, &x, &sums, &dots, &mut acc);
+                let sums = x.sums.as_ptr().add(place);
+                add_group::<S, F, R>(unit, panel, block, row_scales, sums, &dots, &mut acc);
             } else {
-                for (half, codes) in [first, second].into_iter().enumerate() {
+                for half in 0..2 {
+                    let codes = if half == 0 { first } else { second };
                     let group = 2 * block + half;
                     let mut dots = [S::isplat(0); R];
                     for r in 0..R {
-                        let start = zero(*x[r].neg_sums16.as_ptr().add(group));
-                        dots[r] = S::dot(F::BITS, start, codes, quads(r, half));
+                        let start = zero::<S, F>(*x.half_neg_sums[half].as_ptr().add(place + r));
+                        dots[r] = S::dot(F::BITS, start, codes, quads::<S>(row_codes.add(r * BLOCK + half * 16)));
                     }
-                    let sums: [_; R] = std::array::from_fn(|r| x[r].sums16.as_ptr());
-                    add_group::<S, F, R>(unit, panel, group, &x, &sums, &dots, &mut acc);
+                    let sums = x.half_sums[half].as_ptr().add(place);
+                    add_group::<S, F, R>(unit, panel, group, row_scales, sums, &dots, &mut acc);
                 }
             }
         }
@@ -207,20 +267,19 @@ unsafe fn tile<S: Simd, F: Form, const R: usize>(unit: &Int8Unit<'_>, panel: usi
             S::store_first(out.as_mut_ptr(), acc[r], n_cols);
         }
     }
-    R
 }
 
 /// The f32 part of the chain: one group's dot products with both scales, then its minimum.
 ///
 /// # Safety
-/// As `tile`; the group exists, also in `sums`.
+/// As `tile`; the group exists; `scales` and `sums` hold a value per row.
 #[inline(always)]
 unsafe fn add_group<S: Simd, F: Form, const R: usize>(
     unit: &Int8Unit<'_>,
     panel: usize,
     group: usize,
-    x: &[Row<'_>; R],
-    sums: &[*const f32; R],
+    scales: *const f32,
+    sums: *const f32,
     dots: &[S::I; R],
     acc: &mut [S::F; R],
 ) {
@@ -229,22 +288,23 @@ unsafe fn add_group<S: Simd, F: Form, const R: usize>(
     unsafe {
         let scale = factors::<S, F>(&coded.scales, &coded.sub_scales, unit.n_in, panel, group);
         for r in 0..R {
-            let of_row = S::splat(*x[r].scales.as_ptr().add(group * F::GROUP / BLOCK));
+            let of_row = S::splat(*scales.add(r));
             acc[r] = S::mul_add(S::float(dots[r]), S::mul(scale, of_row), acc[r]);
         }
         if F::HAS_MIN {
             let min = factors::<S, F>(&coded.mins, &coded.sub_mins, unit.n_in, panel, group);
             for r in 0..R {
-                acc[r] = S::mul_add(min, S::splat(*sums[r].add(group)), acc[r]);
+                acc[r] = S::mul_add(min, S::splat(*sums.add(r)), acc[r]);
             }
         }
     }
 }
 
-/// Rounds one row; the reference is `scalar::quantise_row`. The slices of `to` fit `x`, whose length is a multiple of 32.
+/// Rounds one row into place `row` of its eight; the reference is `scalar::quantise_row`. `x` has 32 inputs per block.
 pub(in super::super) struct QuantiseRow<'a> {
     pub(in super::super) x: &'a [f32],
-    pub(in super::super) to: RowMut<'a>,
+    pub(in super::super) blocks: &'a mut [Rounded],
+    pub(in super::super) row: usize,
 }
 
 impl Kernel for QuantiseRow<'_> {
@@ -252,30 +312,25 @@ impl Kernel for QuantiseRow<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { x, to } = self;
-        for block in 0..x.len() / BLOCK {
-            // SAFETY: the block lies inside `x` and `codes`, its entries inside the sums.
+        let Self { x, blocks, row } = self;
+        for (x, block) in x.chunks_exact(BLOCK).zip(blocks) {
+            // SAFETY: loads and stores have 16 of the 32 inputs each.
             unsafe {
                 let magnitude = S::isplat(i32::MAX);
-                let [a, b] = [0, 16].map(|at| S::load::<F32>(x.as_ptr().cast(), block * BLOCK + at));
+                let (a, b) = (S::load::<F32>(x.as_ptr().cast(), 0), S::load::<F32>(x.as_ptr().cast(), 16));
                 let largest = S::umax(S::and(S::bits(a), magnitude), S::and(S::bits(b), magnitude));
                 let max_bits = int_lanes::<S>(largest).into_iter().fold(0, |max, bits| max.max(bits as u32));
                 let (scale, inverse) = block_scale(max_bits);
                 // A block without a finite maximum has code 0 and scale NaN.
                 let keep = S::isplat(if scale.is_nan() { 0 } else { -1 });
                 let inverse = S::splat(inverse);
-                let [a, b] = [a, b].map(|x| S::and(S::round(S::mul(x, inverse)), keep));
-                let codes = to.codes.as_mut_ptr().add(block * BLOCK);
+                let a = S::and(S::round(S::mul(a, inverse)), keep);
+                let b = S::and(S::round(S::mul(b, inverse)), keep);
+                let codes = block.codes[row].as_mut_ptr();
                 S::narrow_i8(codes, a);
                 S::narrow_i8(codes.add(16), b);
-                let sums = [a, b].map(|codes| int_lanes::<S>(codes).into_iter().sum::<i32>());
-                *to.scales.get_unchecked_mut(block) = scale;
-                for (half, sum) in sums.into_iter().enumerate() {
-                    *to.neg_sums16.get_unchecked_mut(2 * block + half) = -sum;
-                    *to.sums16.get_unchecked_mut(2 * block + half) = scale * sum as f32;
-                }
-                *to.neg_sums32.get_unchecked_mut(block) = -(sums[0] + sums[1]);
-                *to.sums32.get_unchecked_mut(block) = scale * (sums[0] + sums[1]) as f32;
+                let (a, b) = (int_lanes::<S>(a), int_lanes::<S>(b));
+                block.put(row, scale, [a.into_iter().sum(), b.into_iter().sum()]);
             }
         }
     }

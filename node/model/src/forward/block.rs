@@ -2,14 +2,14 @@
 //! behind an RMS norm and added to the residual stream (Touvron et al. 2023, sections 2.2; Hu et al. 2021 for LoRA).
 
 use kernels::attention::attention;
-use kernels::kv::{KvPool, PAGE_TOKENS};
-use kernels::lora::{self, Segment};
+use kernels::kv::KvPool;
+use kernels::lora::{self, Delta, Segment};
 use kernels::matmul::{self, Precision, Product};
 use kernels::ops::{self, RopeTable};
 use kernels::pool::Pool;
 
 use super::buffers::Buffers;
-use super::plan::Plan;
+use super::plan::{Plan, emptied};
 use crate::info::{Linear, ModelInfo};
 use crate::weights::LayerWeights;
 
@@ -40,8 +40,9 @@ impl Pass<'_> {
         let projected = &mut b.projected[..n_rows * hidden];
 
         ops::rms_norm(pool, residual, n_rows, &block.attn_norm, info.rms_eps, normed);
-        let mut qkv = [(Linear::Q, &mut *q), (Linear::K, &mut *k), (Linear::V, &mut *v)];
-        self.project(layer, block, normed, &mut qkv, &mut b.matmul, &mut b.lora);
+        let mut tools = Tools { segments: &mut b.segments, matmul: &mut b.matmul, lora: &mut b.lora };
+        let qkv = [(Linear::Q, &mut *q), (Linear::K, &mut *k), (Linear::V, &mut *v)];
+        self.project(layer, block, normed, qkv, &mut tools);
         if let Some([q_bias, k_bias, v_bias]) = &block.qkv_bias {
             ops::add_bias_rows(q, n_rows, q_bias);
             ops::add_bias_rows(k, n_rows, k_bias);
@@ -49,11 +50,13 @@ impl Pass<'_> {
         }
         ops::rope(pool, q, n_rows, info.n_heads, info.head_dim, &plan.positions, rope);
         ops::rope(pool, k, n_rows, info.n_kv_heads, info.head_dim, &plan.positions, rope);
-        self.store(layer, k, v, kv_width, kv);
+        // Attention reads keys and values back from the pages, also those of this step: so a row sees the same rounded
+        // numbers whether its past came in this step or in an earlier one.
+        kv.store_runs(pool, layer, &plan.runs, k, v);
         let scale = 1.0 / (info.head_dim as f32).sqrt();
         attention(pool, q, info.n_heads, &plan.runs, kv, layer, scale, attended, &mut b.attention);
-        self.project(layer, block, attended, &mut [(Linear::O, &mut *projected)], &mut b.matmul, &mut b.lora);
-        ops::add_in_place(residual, projected);
+        self.project(layer, block, attended, [(Linear::O, &mut *projected)], &mut tools);
+        ops::add_in_place(pool, residual, projected);
     }
 
     /// `residual += Down(silu(Gate(norm)) * Up(norm))`
@@ -68,57 +71,52 @@ impl Pass<'_> {
         let projected = &mut b.projected[..n_rows * hidden];
 
         ops::rms_norm(pool, residual, n_rows, &block.ffn_norm, info.rms_eps, normed);
-        let mut gate_up = [(Linear::Gate, &mut *gate), (Linear::Up, &mut *up)];
-        self.project(layer, block, normed, &mut gate_up, &mut b.matmul, &mut b.lora);
+        let mut tools = Tools { segments: &mut b.segments, matmul: &mut b.matmul, lora: &mut b.lora };
+        self.project(layer, block, normed, [(Linear::Gate, &mut *gate), (Linear::Up, &mut *up)], &mut tools);
         ops::swiglu(pool, gate, up, gated);
-        self.project(layer, block, gated, &mut [(Linear::Down, &mut *projected)], &mut b.matmul, &mut b.lora);
-        ops::add_in_place(residual, projected);
+        self.project(layer, block, gated, [(Linear::Down, &mut *projected)], &mut tools);
+        ops::add_in_place(pool, residual, projected);
     }
 
     /// Linear layers of the same input `x`: `out = W x` for all rows, then each row's own adapter on top,
     /// `out += s · B(A x)` (and, for DoRA, the row scale of the sum). Biases come after.
-    fn project(
+    fn project<const N: usize>(
         &self,
         layer: usize,
         block: &LayerWeights,
         x: &[f32],
-        linears: &mut [(Linear, &mut [f32])],
-        matmul_scratch: &mut matmul::Scratch,
-        lora_scratch: &mut lora::Scratch,
+        mut linears: [(Linear, &mut [f32]); N],
+        tools: &mut Tools<'_>,
     ) {
-        let n_rows = self.plan.n_rows();
-        let mut products: Vec<Product<'_>> =
-            linears.iter_mut().map(|(linear, out)| Product { w: block.linear(*linear), out }).collect();
-        matmul::matmul_group(self.pool, self.precision, x, n_rows, &mut products, matmul_scratch);
-        for (linear, out) in linears {
-            let segments = self.segments(layer, *linear);
-            if !segments.is_empty() {
-                let (n_out, n_in) = self.info.linear_shape(*linear);
-                lora::lora_delta(self.pool, &segments, x, n_in, out, n_out, lora_scratch);
-            }
+        let mut products = linears.each_mut().map(|(linear, out)| Product { w: block.linear(*linear), out });
+        matmul::matmul_group(self.pool, self.precision, x, self.plan.n_rows(), &mut products, tools.matmul);
+        if self.plan.adapters.is_empty() {
+            return;
         }
+        // The segments of all layers one after the other; `ends` says where each layer's stop.
+        let mut segments: Vec<Segment<'_>> = std::mem::take(tools.segments);
+        let ends = linears.each_ref().map(|(linear, _)| {
+            segments.extend(self.plan.adapters.iter().filter_map(|(rows, adapter)| {
+                Some(Segment { rows: rows.clone(), pair: adapter.pair(layer, *linear)? })
+            }));
+            segments.len()
+        });
+        let mut start = 0;
+        let mut at = ends.into_iter();
+        let mut deltas = linears.map(|(linear, y)| {
+            let end = at.next().expect("one end per layer");
+            let own = &segments[std::mem::replace(&mut start, end)..end];
+            Delta { segments: own, y, n_out: self.info.linear_shape(linear).0 }
+        });
+        let n_in = x.len() / self.plan.n_rows();
+        lora::lora_delta_group(self.pool, x, n_in, &mut deltas, tools.lora);
+        *tools.segments = emptied(segments);
     }
+}
 
-    /// Rows whose adapter changes this linear layer, with what it adds.
-    fn segments(&self, layer: usize, linear: Linear) -> Vec<Segment<'_>> {
-        self.plan
-            .adapters
-            .iter()
-            .filter_map(|(rows, adapter)| Some(Segment { rows: rows.clone(), pair: adapter.pair(layer, linear)? }))
-            .collect()
-    }
-
-    /// Writes the keys and values of all rows into their pages, rounding to the pages' dtype. Attention reads them
-    /// back from there, also for rows of this step: so a row sees the same numbers whether its past came in this
-    /// step or in an earlier one.
-    fn store(&self, layer: usize, k: &[f32], v: &[f32], kv_width: usize, kv: &mut KvPool) {
-        for run in &self.plan.runs {
-            for (place, row) in run.rows.clone().enumerate() {
-                let position = run.start + place;
-                let page = run.pages[position / PAGE_TOKENS];
-                let (k, v) = (&k[row * kv_width..][..kv_width], &v[row * kv_width..][..kv_width]);
-                kv.store(layer, page, position % PAGE_TOKENS, k, v);
-            }
-        }
-    }
+/// What [`Pass::project`] works with besides its operands.
+struct Tools<'a> {
+    segments: &'a mut Vec<Segment<'static>>,
+    matmul: &'a mut matmul::Scratch,
+    lora: &'a mut lora::Scratch,
 }

@@ -1,7 +1,9 @@
 //! The activations of a step: allocated once for the largest step, reused by all.
 
+use kernels::lora::Segment;
 use kernels::{attention, lora, matmul};
 
+use super::plan::Plan;
 use crate::info::{Linear, ModelInfo};
 
 /// Row-major activations, each `[rows_max, width]`; a step uses the first rows.
@@ -31,6 +33,10 @@ pub(super) struct Buffers {
     pub(super) projected: Vec<f32>,
     /// What the step returns, `[n_logits, vocab]`.
     pub(super) logits: Vec<f32>,
+    /// Memory of the last step's plan.
+    pub(super) plan: Plan<'static>,
+    /// Memory of the segments of one block's linear layers.
+    pub(super) segments: Vec<Segment<'static>>,
     /// Scratch of the kernels.
     pub(super) matmul: matmul::Scratch,
     /// Scratch of the kernels.
@@ -59,6 +65,8 @@ impl Buffers {
             gated: out(Linear::Up),
             projected: rows(info.hidden),
             logits: Vec::with_capacity(n_logits_max * info.vocab),
+            plan: Plan::default(),
+            segments: Vec::new(),
             matmul: matmul::Scratch::default(),
             lora: lora::Scratch::default(),
             attention: attention::Scratch::default(),

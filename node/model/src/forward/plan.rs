@@ -1,5 +1,5 @@
 //! A step as the forward pass needs it: one list of tokens and positions, and the row ranges of runs, adapters
-//! and wanted logits. The one place that checks a step's bounds; built once per step.
+//! and wanted logits. The one place that checks a step's bounds; built once per step, in memory kept from the last.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -20,8 +20,8 @@ pub(super) struct Bounds {
     pub(super) n_layers: usize,
 }
 
-/// A checked step.
-#[derive(Debug)]
+/// A checked step. The default is an empty one, which lends its memory to the next.
+#[derive(Debug, Default)]
 pub(super) struct Plan<'a> {
     /// Token of every row.
     pub(super) tokens: Vec<u32>,
@@ -38,25 +38,33 @@ pub(super) struct Plan<'a> {
 // === impl Plan ===
 
 impl<'a> Plan<'a> {
-    /// Names the rows of `step`.
+    /// Names the rows of `step`, in the memory of a plan that is done with.
     ///
     /// # Panics
     /// When the step breaks a bound: a scheduler bug that must not become wrong output.
-    pub(super) fn new(step: &'a Step, bounds: &Bounds) -> Self {
+    pub(super) fn new(step: &'a Step, bounds: &Bounds, spare: Plan<'static>) -> Self {
         let n_rows = step.n_rows();
         assert!(n_rows <= bounds.rows_max, "step has {n_rows} rows, limit {}", bounds.rows_max);
-        let mut plan = Self {
-            tokens: Vec::with_capacity(n_rows),
-            positions: Vec::with_capacity(n_rows),
-            runs: Vec::with_capacity(step.runs.len()),
-            adapters: Vec::new(),
-            logits_rows: Vec::with_capacity(step.n_logits()),
-        };
+        let mut plan: Self = spare;
         for run in &step.runs {
             check(run, bounds);
             plan.push(run);
         }
         plan
+    }
+
+    /// The memory, for the next step.
+    pub(super) fn into_spare(mut self) -> Plan<'static> {
+        self.tokens.clear();
+        self.positions.clear();
+        self.logits_rows.clear();
+        Plan {
+            tokens: self.tokens,
+            positions: self.positions,
+            runs: emptied(self.runs),
+            adapters: emptied(self.adapters),
+            logits_rows: self.logits_rows,
+        }
     }
 
     /// Rows in the step.
@@ -86,6 +94,12 @@ impl<'a> Plan<'a> {
             _ => self.adapters.push((rows, adapter)),
         }
     }
+}
+
+/// The memory of a vector for elements of another lifetime. A collect from a vector of the same layout works in place.
+pub(super) fn emptied<A, B>(mut from: Vec<A>) -> Vec<B> {
+    from.clear();
+    from.into_iter().map(|_| unreachable!("the vector is empty")).collect()
 }
 
 /// Panics with the numbers when a run breaks a bound.
@@ -128,7 +142,7 @@ mod tests {
     #[test]
     fn rows_are_numbered_over_all_runs() {
         let step = Step { runs: vec![run(&[5, 6, 7], 16, &[0, 3]), run(&[8], 0, &[1])] };
-        let plan = Plan::new(&step, &BOUNDS);
+        let plan = Plan::new(&step, &BOUNDS, Plan::default());
         assert_eq!(plan.tokens, [5, 6, 7, 8]);
         assert_eq!(plan.positions, [16, 17, 18, 0]);
         assert_eq!(plan.logits_rows, [2, 3]);
@@ -151,7 +165,8 @@ mod tests {
             with(&[6], Some(&b)),
         ];
         let step = Step { runs };
-        let ranges: Vec<_> = Plan::new(&step, &BOUNDS).adapters.iter().map(|(rows, _)| rows.clone()).collect();
+        let ranges: Vec<_> =
+            Plan::new(&step, &BOUNDS, Plan::default()).adapters.iter().map(|(rows, _)| rows.clone()).collect();
         assert_eq!(ranges, [1..4, 4..5, 6..7]);
     }
 
@@ -168,7 +183,10 @@ mod tests {
         ];
         for (what, run) in cases {
             let step = Step { runs: vec![run] };
-            assert!(std::panic::catch_unwind(|| Plan::new(&step, &BOUNDS)).is_err(), "{what} was accepted");
+            assert!(
+                std::panic::catch_unwind(|| Plan::new(&step, &BOUNDS, Plan::default())).is_err(),
+                "{what} was accepted"
+            );
         }
     }
 }
