@@ -97,12 +97,12 @@ fn on_cpu(layer: &Layer, hidden: &[f32]) -> Vec<f32> {
     }
     let mut mixed = vec![0.0; q.len()];
     kernels::attention::attention(&pool, &q, HEADS, &runs(), &kv, 0, SCALE, &mut mixed, &mut Scratch::default());
-    ops::add_in_place(&mut hidden, &product(&layer.o, &mixed, HIDDEN));
+    ops::add_in_place(&pool, &mut hidden, &product(&layer.o, &mixed, HIDDEN));
     ops::rms_norm(&pool, &hidden, n_rows, &layer.norms[1], EPS, &mut x);
     let (gate, up) = (product(&layer.gate, &x, HIDDEN), product(&layer.up, &x, HIDDEN));
     let mut inner = vec![0.0; gate.len()];
     ops::swiglu(&pool, &gate, &up, &mut inner);
-    ops::add_in_place(&mut hidden, &product(&layer.down, &inner, INNER));
+    ops::add_in_place(&pool, &mut hidden, &product(&layer.down, &inner, INNER));
     hidden
 }
 

@@ -18,7 +18,7 @@ fn rms_norm_with_and_without_a_residual_has_the_bits_of_the_reference() {
         for with_delta in [false, true] {
             let mut sum = hidden.clone();
             if with_delta {
-                ops::add_in_place(&mut sum, &delta);
+                ops::add_in_place(&kernels::pool::Pool::new(1), &mut sum, &delta);
             }
             let mut expected = vec![0.0; n_rows * n];
             reference(|| ops::rms_norm(&Pool::new(1), &sum, n_rows, &weight, 1e-5, &mut expected));
