@@ -140,23 +140,29 @@ pub struct Echo {
 /// The echo of a prompt, when asked for.
 pub fn echo(shape: &Shape, part: &Part, prompt_idx: usize) -> Option<Echo> {
     let Kind::Text { echo: Some(prompts) } = &shape.kind else { return None };
+    let whole = prompts.get(prompt_idx).cloned().flatten();
+    let text = whole.unwrap_or_else(|| token_ids_text(part));
+    let logprobs = if shape.logprobs { echo_logprobs(part) } else { CompletionLogprobs::default() };
+    Some(Echo { text, logprobs })
+}
+
+/// One pass over the prompt: its pieces, where each begins in the text, and how likely it was.
+fn echo_logprobs(part: &Part) -> CompletionLogprobs {
     let mut logprobs = CompletionLogprobs::default();
-    let mut decoded = String::new();
+    let mut offset = 0;
     for (idx, &id) in part.prompt_tokens.iter().enumerate() {
         let piece = part.token_text.piece(id);
         let text = String::from_utf8_lossy(&piece.bytes).into_owned();
         let position = idx.checked_sub(1).and_then(|idx| part.assembly.prompt_logprobs.as_ref()?.get(idx));
-        logprobs.text_offset.push(count(decoded.chars().count()));
+        logprobs.text_offset.push(offset);
         logprobs.token_logprobs.push(position.map(|position| finite(position.chosen.logprob)));
         logprobs.top_logprobs.push(position.map(|position| alternatives(part, position)));
         if !piece.special {
-            decoded.push_str(&text);
+            offset += count(text.chars().count());
         }
         logprobs.tokens.push(text);
     }
-    let whole = prompts.get(prompt_idx).cloned().flatten();
-    let text = whole.unwrap_or_else(|| token_ids_text(part));
-    Some(Echo { text, logprobs: if shape.logprobs { logprobs } else { CompletionLogprobs::default() } })
+    logprobs
 }
 
 /// Text of the prompt's ids; unlike single tokens, characters that span tokens come out whole.
