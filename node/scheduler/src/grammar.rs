@@ -1,14 +1,16 @@
 //! Constraints on the text of an answer: compiled off the engine thread, applied as a mask per token.
 //!
-//! The gateway calls [`GrammarCompiler::compile`] at admission (from a blocking task) and puts the result into
+//! The node calls [`GrammarCompiler::compile`] at admission and puts the result into
 //! [`crate::source::Work`]; the engine clones a [`GrammarState`] per choice. A state is a function of the emitted
 //! tokens, so that a request can be resumed anywhere. Limits come before work: size, depth, fuel and time
 //! (RELIABILITY T4). Compiled grammars are remembered in memory only, per tenant, never across tenants.
 
+mod pool;
+mod numbers;
+
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use llguidance::api::{ParserLimits, TopLevelGrammar};
@@ -18,8 +20,11 @@ use shared::error::{ErrorKind, RequestError};
 use shared::hash::ContentHash;
 use shared::id::TenantId;
 use shared::request::Grammar;
+use tokio::sync::oneshot;
+use tokio::time::timeout;
 use toktrie::{ApproximateTokEnv, SimpleVob, TokEnv, TokRxInfo, TokTrie};
 
+use self::pool::{Full, JOBS_PER_TENANT_MAX, Pool};
 use crate::vocab::Vocabulary;
 
 /// Longest grammar text in bytes: real schemas are below 20 KiB.
@@ -28,14 +33,12 @@ pub const GRAMMAR_BYTES_MAX: usize = 64 * 1024;
 pub const SCHEMA_DEPTH_MAX: usize = 32;
 /// Longest a caller waits for a compilation; larger grammars are refused, not awaited.
 const COMPILE_TIME_MAX: Duration = Duration::from_millis(200);
-/// Compilations at once: a stream of heavy schemas must not take every core.
-const COMPILES_MAX: usize = 2;
+/// Longest a grammar waits for its turn: with the above, every schema is decided within a second.
+const TURN_WAIT_MAX: Duration = Duration::from_millis(500);
 /// Compiled grammars kept per tenant: a client uses a handful.
 const KEPT_PER_TENANT_MAX: usize = 16;
 /// Compiled grammars kept in all: a compiled schema takes up to a few MB.
 const KEPT_MAX: usize = 256;
-/// Stack of a compiling thread: recursion is bounded by [`SCHEMA_DEPTH_MAX`], its frames are large.
-const STACK_BYTES: usize = 16 * 1024 * 1024;
 /// Longest error text passed on from the grammar library.
 const MESSAGE_CHARS_MAX: usize = 300;
 
@@ -57,9 +60,14 @@ pub enum GrammarError {
     /// The client should simplify the schema.
     #[error("compiling the grammar takes longer than 200 ms; hint: use fewer alternatives and bounded repetitions")]
     TooSlow,
-    /// All compilers are busy; the client should retry.
-    #[error("all grammar compilers are busy")]
+    /// Other tenants' grammars, or an earlier one of this tenant, keep the compilers busy; the client should retry.
+    #[error("the grammar compilers are busy; hint: retry after the Retry-After header")]
     Busy,
+    /// This tenant sends grammars faster than they compile; the client should reuse fewer, simpler schemas.
+    #[error(
+        "{JOBS_PER_TENANT_MAX} grammars of this tenant are being compiled already; hint: reuse schemas, they are remembered, or retry after the Retry-After header"
+    )]
+    TooMany,
     /// The constraint ran into its limits while the answer was written.
     #[error("the grammar became too complex while generating: {0}")]
     TooComplex(String),
@@ -68,14 +76,17 @@ pub enum GrammarError {
 impl GrammarError {
     /// What the client is told; `param` is the request field that carried the grammar.
     pub fn to_request_error(&self, param: &'static str) -> RequestError {
-        let (kind, code) = match self {
+        let (kind, code, retry) = match self {
             Self::TooLarge { .. } | Self::TooDeep | Self::Refused(_) | Self::TooSlow => {
-                (ErrorKind::Invalid, "invalid_schema")
+                (ErrorKind::Invalid, "invalid_schema", false)
             }
-            Self::Busy => (ErrorKind::Unavailable, "grammar_compiler_busy"),
-            Self::TooComplex(_) => (ErrorKind::Unprocessable, "grammar_too_complex"),
+            Self::Busy => (ErrorKind::Unavailable, "grammar_compiler_busy", true),
+            Self::TooMany => (ErrorKind::Throttled, "too_many_grammars", true),
+            Self::TooComplex(_) => (ErrorKind::Unprocessable, "grammar_too_complex", false),
         };
-        RequestError { param: Some(param.into()), ..RequestError::new(kind, code, self.to_string()) }
+        let error = RequestError { param: Some(param.into()), ..RequestError::new(kind, code, self.to_string()) };
+        // A compiler is free again within this time, whatever it works on.
+        if retry { error.retry_after(Duration::from_secs(1)) } else { error }
     }
 }
 
@@ -141,7 +152,7 @@ impl fmt::Debug for GrammarState {
 pub struct GrammarCompiler {
     factory: Arc<ParserFactory>,
     kept: Mutex<Kept>,
-    running: Arc<(Mutex<usize>, Condvar)>,
+    pool: Pool,
 }
 
 impl fmt::Debug for GrammarCompiler {
@@ -160,15 +171,16 @@ impl GrammarCompiler {
         let mut factory = ParserFactory::new_simple(&env).map_err(|error| refused(&error.to_string()))?;
         factory.quiet();
         *factory.limits_mut() = limits();
-        Ok(Self { factory: Arc::new(factory), kept: Mutex::default(), running: Arc::default() })
+        let pool = Pool::start().map_err(|error| refused(&format!("no thread to compile on: {error}")))?;
+        Ok(Self { factory: Arc::new(factory), kept: Mutex::default(), pool })
     }
 
-    /// The grammar, compiled or remembered from this tenant's earlier requests. Blocks up to 400 ms in the worst
-    /// case (200 ms for a compiler, 200 ms for compiling): not for async tasks or the engine thread.
+    /// The grammar, compiled or remembered from this tenant's earlier requests. Waits up to 700 ms in the worst
+    /// case (500 ms for its turn, 200 ms for compiling); needs a tokio timer.
     ///
     /// # Errors
     /// See [`GrammarError`].
-    pub fn compile(&self, tenant: &TenantId, grammar: &Grammar) -> Result<CompiledGrammar, GrammarError> {
+    pub async fn compile(&self, tenant: &TenantId, grammar: &Grammar) -> Result<CompiledGrammar, GrammarError> {
         let (tag, text) = match grammar {
             Grammar::JsonObject => (0, ""),
             Grammar::JsonSchema(text) => (1, text.as_str()),
@@ -181,7 +193,7 @@ impl GrammarCompiler {
         if let Some(found) = self.kept().find(tenant, key) {
             return Ok(found);
         }
-        let compiled = self.compile_bounded(top_level(grammar)?)?;
+        let compiled = self.compile_in_turn(tenant, grammar.clone()).await?;
         self.kept().insert(tenant, key, compiled.clone());
         Ok(compiled)
     }
@@ -195,56 +207,37 @@ impl GrammarCompiler {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs on a thread of its own, because fuel bounds the work but not exactly the time. A thread that is given
-    /// up on ends soon by its fuel and keeps its place until then.
-    fn compile_bounded(&self, grammar: TopLevelGrammar) -> Result<CompiledGrammar, GrammarError> {
-        let place = Place::take(&self.running)?;
+    /// Compiles on the pool, because fuel bounds the work but not exactly the time.
+    async fn compile_in_turn(&self, tenant: &TenantId, grammar: Grammar) -> Result<CompiledGrammar, GrammarError> {
+        let (begin, begun) = oneshot::channel();
+        let (done, result) = oneshot::channel();
         let factory = Arc::clone(&self.factory);
-        let (done, result) = mpsc::sync_channel(1);
         let work = move || {
-            let parser = factory.create_parser(grammar).map_err(|error| refused(&error.to_string()));
-            let matcher = parser.and_then(|parser| {
-                let matcher = Matcher::new(Ok(parser));
-                matcher.get_error().map_or(Ok(matcher), |error| Err(refused(&error)))
-            });
-            drop(place);
-            // The caller may have given up: then nobody wants the result.
-            drop(done.send(matcher));
+            // A caller that gave up, or whose client left, wants nothing.
+            if begin.send(()).is_ok() {
+                drop(done.send(compile_now(&factory, &grammar)));
+            }
         };
-        let thread = std::thread::Builder::new().name("grammar".to_owned()).stack_size(STACK_BYTES);
-        thread.spawn(work).map_err(|_| GrammarError::Busy)?;
-        match result.recv_timeout(COMPILE_TIME_MAX) {
-            Ok(matcher) => Ok(CompiledGrammar(Arc::new(Mutex::new(matcher?)))),
-            Err(RecvTimeoutError::Timeout) => Err(GrammarError::TooSlow),
-            Err(RecvTimeoutError::Disconnected) => Err(refused("the compiler failed on it")),
+        self.pool.submit(tenant, work).map_err(|full| match full {
+            Full::Tenant => GrammarError::TooMany,
+            Full::All => GrammarError::Busy,
+        })?;
+        let failed = || refused("the compiler failed on it");
+        match timeout(TURN_WAIT_MAX, begun).await {
+            Ok(begun) => begun.map_err(|_| failed())?,
+            Err(_) => return Err(GrammarError::Busy),
+        }
+        match timeout(COMPILE_TIME_MAX, result).await {
+            Ok(matcher) => Ok(CompiledGrammar(Arc::new(Mutex::new(matcher.map_err(|_| failed())??)))),
+            Err(_) => Err(GrammarError::TooSlow),
         }
     }
 }
 
-/// One of the [`COMPILES_MAX`] places, given back on drop.
-struct Place(Arc<(Mutex<usize>, Condvar)>);
-
-impl Place {
-    fn take(running: &Arc<(Mutex<usize>, Condvar)>) -> Result<Self, GrammarError> {
-        let (count, freed) = &**running;
-        let guard = count.lock().unwrap_or_else(PoisonError::into_inner);
-        let (mut guard, _) = freed
-            .wait_timeout_while(guard, COMPILE_TIME_MAX, |count| *count >= COMPILES_MAX)
-            .unwrap_or_else(PoisonError::into_inner);
-        if *guard >= COMPILES_MAX {
-            return Err(GrammarError::Busy);
-        }
-        *guard += 1;
-        Ok(Self(Arc::clone(running)))
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let (count, freed) = &*self.0;
-        *count.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
-        freed.notify_one();
-    }
+fn compile_now(factory: &ParserFactory, grammar: &Grammar) -> Result<Matcher, GrammarError> {
+    let parser = factory.create_parser(top_level(grammar)?).map_err(|error| refused(&error.to_string()))?;
+    let matcher = Matcher::new(Ok(parser));
+    matcher.get_error().map_or(Ok(matcher), |error| Err(refused(&error)))
 }
 
 /// Least recently used first out, per tenant and in all.
@@ -314,6 +307,7 @@ fn top_level(grammar: &Grammar) -> Result<TopLevelGrammar, GrammarError> {
             if depth(&schema) > SCHEMA_DEPTH_MAX {
                 return Err(GrammarError::TooDeep);
             }
+            numbers::check(&schema).map_err(|message| refused(&message))?;
             Ok(TopLevelGrammar::from_json_schema(schema))
         }
         Grammar::Lark(text) => Ok(TopLevelGrammar::from_lark(text.clone())),

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use model::template::encode_chat;
 use scheduler::grammar::CompiledGrammar;
 use scheduler::vocab::Vocabulary;
-use shared::error::{ErrorKind, RequestError};
+use shared::error::RequestError;
 use shared::id::TenantId;
 use shared::request::{Generation, Sampling};
 use tokio::sync::Semaphore;
@@ -53,7 +53,7 @@ pub(super) async fn encode(
     };
     let max_tokens = fit(room, &prompt, request)?;
     check_vocabulary(room, &prompt, request)?;
-    let grammar = compile(room, tenant, request, places).await?;
+    let grammar = compile(room, tenant, request).await?;
     let seed = request.seed.unwrap_or_else(|| seed_of(request));
     let generation = Generation {
         prompt: prompt.into(),
@@ -152,24 +152,13 @@ fn check_vocabulary(room: &BaseRoom, prompt: &[u32], request: &Prepared) -> Resu
 }
 
 async fn compile(
-    room: &Arc<BaseRoom>,
+    room: &BaseRoom,
     tenant: &TenantId,
     request: &Prepared,
-    places: &Semaphore,
 ) -> Result<Option<CompiledGrammar>, RequestError> {
-    let Some(grammar) = request.grammar.clone() else { return Ok(None) };
-    let _place = places.acquire().await.map_err(|_| RequestError::internal())?;
-    let (room, tenant) = (Arc::clone(room), tenant.clone());
-    let compiled = tokio::task::spawn_blocking(move || room.grammars.compile(&tenant, &grammar)).await;
-    match compiled {
-        Ok(Ok(compiled)) => Ok(Some(compiled)),
-        Ok(Err(error)) => Err(error.to_request_error("response_format")),
-        Err(_) => Err(RequestError::new(
-            ErrorKind::Unprocessable,
-            "grammar_failed",
-            "this constraint cannot be compiled; hint: simplify the schema",
-        )),
-    }
+    let Some(grammar) = &request.grammar else { return Ok(None) };
+    let compiled = room.grammars.compile(tenant, grammar).await;
+    compiled.map(Some).map_err(|error| error.to_request_error("response_format"))
 }
 
 /// The vocabulary as the gateway's detokenizer sees it.

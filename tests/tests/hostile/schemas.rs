@@ -67,6 +67,8 @@ fn bombs() -> Vec<(&'static str, Value)> {
         ("long string", json!({"type": "string", "minLength": 1_000_000_000, "maxLength": 2_000_000_000})),
         ("long array", json!({"type": "array", "items": {"type": "string"}, "minItems": 1_000_000_000})),
         ("wide number", json!({"type": "integer", "minimum": -1e300, "maximum": 1e300, "multipleOf": 7})),
+        ("many remainders", json!({"type": "integer", "multipleOf": 999_983})),
+        ("many remainders after the point", json!({"type": "number", "multipleOf": 0.999_983})),
         ("tiny steps", json!({"type": "number", "multipleOf": 1e-300})),
         ("not", json!({"not": {"not": {"not": {"type": "string"}}}})),
         ("pattern properties", json!({"type": "object", "patternProperties": {"^(a+)+$": {}, "^(b|bb)*$": {}}})),
@@ -97,11 +99,15 @@ fn every_schema_bomb_is_decided_within_a_second_and_costs_no_lasting_memory() {
     let over = AtomicBool::new(false);
     let (slowest_bystander, slowest) = thread::scope(|scope| {
         let others = scope.spawn(|| {
-            let (agent, mut slowest) = (operator::agent(), Duration::ZERO);
+            let (agent, mut slowest, mut n) = (operator::agent(), Duration::ZERO, 0);
             while !over.load(Ordering::Relaxed) {
                 let started = SystemClock.now();
                 let body = json!({"model": "tiny", "prompt": "hi", "max_tokens": 4}).to_string();
                 let answer = operator::post(&agent, &node, "/v1/completions", &bystander, &body);
+                assert_eq!(answer.status, 200, "{}", answer.text);
+                // A schema that is not remembered, so that it needs a compiler.
+                n += 1;
+                let answer = ask(&node, &agent, &bystander, &json!({"type": "integer", "minimum": n}));
                 assert_eq!(answer.status, 200, "{}", answer.text);
                 slowest = slowest.max(started.elapsed());
             }
@@ -115,7 +121,7 @@ fn every_schema_bomb_is_decided_within_a_second_and_costs_no_lasting_memory() {
             slowest = slowest.max(took);
             println!("{what}: {} {} in {} ms", answer.status, answer.code(), took.as_millis());
             // 503 says that the compilers are still busy with the bombs before this one.
-            assert!([200, 400, 422, 503].contains(&answer.status), "{what}: {}", answer.text);
+            assert!([200, 400, 422, 429, 503].contains(&answer.status), "{what}: {}", answer.text);
             assert!(answer.text.len() < 4000, "{what}: {}", answer.text);
             assert!(took < DECIDED, "{what} took {took:?}");
         }
@@ -138,7 +144,7 @@ fn every_schema_bomb_is_decided_within_a_second_and_costs_no_lasting_memory() {
     assert!(again < grown + (64 << 20), "{grown} bytes, then {again}");
     println!("slowest {slowest:?}, slowest bystander {slowest_bystander:?}, memory +{} MiB", grown >> 20);
     assert!(slowest_bystander < Duration::from_secs(2), "{slowest_bystander:?}");
-    assert!(grown < 128 << 20, "{grown} bytes");
+    assert!(grown < 64 << 20, "{grown} bytes");
     assert_eq!(ask(&node, &agent, &key, &json!({"type": "object", "maxProperties": 3})).status, 200);
     assert_serves(&node, &key);
 }

@@ -319,7 +319,9 @@ fn an_answer_follows_its_grammar_to_the_end() {
     let mut bench = bench();
     let compiler = GrammarCompiler::new(&stub::vocabulary()).expect("compiles");
     let grammar = Grammar::Lark("start: \"{\" /[a-c]{2,4}/ \"}\"".to_owned());
-    let compiled = compiler.compile(&"acme".parse().expect("valid"), &grammar).expect("compiles");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
+    let acme = "acme".parse().expect("valid");
+    let compiled = runtime.block_on(compiler.compile(&acme, &grammar)).expect("compiles");
     let sampling = Sampling { temperature: 1.5, seed: 11, ..Sampling::default() };
     let generation = Generation { n: 3, max_tokens: 40, sampling, grammar: Some(grammar), ..generation(&[4, 5]) };
     let job = Job { generation, grammar: Some(compiled), ..Job::default() };
