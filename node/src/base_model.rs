@@ -125,7 +125,7 @@ fn run_engine(room: &Arc<BaseRoom>, clock: Arc<dyn Clock>) -> Result<EngineEnd, 
         Runtime::new(Arc::clone(&room.model), room.engine.runtime.clone()).map_err(|error| error.to_string())?;
     let source = EngineSource::new(Arc::clone(room));
     let engine = Engine::new(runtime, source, Arc::clone(&room.vocabulary), clock, room.engine.scheduling.clone());
-    room.stats.store(engine.stats());
+    room.engine_started(engine.stats());
     room.set_up(true);
     tracing::info!(base = %room.name, context = room.context(), "engine running");
     Ok(engine.run())

@@ -15,7 +15,7 @@ use model::forward::RuntimeOptions;
 use model::info::Numerics;
 use parking_lot::Mutex;
 use queue::{FairConfig, Queue};
-use scheduler::engine::{EngineConfig, EngineStats};
+use scheduler::engine::{EngineConfig, EngineSnapshot, EngineStats};
 use scheduler::grammar::GrammarCompiler;
 use scheduler::plan::reserve::ClassReserve;
 use scheduler::vocab::Vocabulary;
@@ -51,6 +51,8 @@ pub struct BaseRoom {
     pub engine: EngineOptions,
     /// Numbers of the running engine.
     pub stats: ArcSwap<EngineStats>,
+    /// Counters of the engines before it.
+    earlier: Mutex<EngineSnapshot>,
     /// Deleted tenants whose cached pages the engine has still to drop.
     erased: Mutex<Vec<TenantId>>,
     up: AtomicBool,
@@ -101,6 +103,7 @@ impl BaseRoom {
             engine: EngineOptions::new(&model, config),
             queue: Queue::new(fair_config(config)),
             stats: ArcSwap::default(),
+            earlier: Mutex::default(),
             erased: Mutex::default(),
             up: AtomicBool::new(false),
             name,
@@ -139,6 +142,18 @@ impl BaseRoom {
         std::mem::take(&mut *self.erased.lock())
     }
 
+    /// A new engine counts in `stats` from now on; what the one before it counted stays counted.
+    pub fn engine_started(&self, stats: Arc<EngineStats>) {
+        let mut earlier = self.earlier.lock();
+        *earlier = self.stats.swap(stats).snapshot().after(&earlier);
+    }
+
+    /// State of the running engine, with counters since the node started.
+    pub fn engine_totals(&self) -> EngineSnapshot {
+        let earlier = self.earlier.lock();
+        self.stats.load().snapshot().after(&earlier)
+    }
+
     /// Whether the engine thread runs.
     pub fn is_up(&self) -> bool {
         self.up.load(Ordering::Acquire)
@@ -163,6 +178,7 @@ fn fair_config(config: &ClusterConfig) -> FairConfig {
         class_weights: config.queue.class_weights,
         pass_tokens_max: config.queue.pass_tokens_max,
         waiting_max: config.queue.depth_total,
+        tenant_waiting_max: config.queue.depth_tenant,
         // Step time is of no use to a class that cannot get a place in the batch.
         class_sequences_reserved: config.engine.reserves.map(|share| (share * config.engine.sequences as f64) as u32),
         ..FairConfig::default()

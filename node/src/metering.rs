@@ -21,6 +21,7 @@ use shared::token::{FinishReason, TokenEvent};
 use journal::{Journal, OpenRecord};
 
 use crate::gateway::backend::EventTap;
+use crate::metrics::activity::InUse;
 
 /// How a request ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -104,6 +105,7 @@ pub struct Tap {
     fell_back: bool,
     last_token_at: Option<Instant>,
     settle: Option<Box<dyn FnOnce(u64) + Send>>,
+    in_use: Option<InUse>,
 }
 
 // === impl Tap ===
@@ -121,6 +123,7 @@ impl Tap {
     ) -> Self {
         let delivered = vec![0; envelope.n_sequences() as usize];
         Self {
+            in_use: InUse::waiting(&envelope),
             envelope,
             key,
             cost_center,
@@ -174,6 +177,12 @@ impl EventTap for Tap {
                 self.queue_wait = *queue_wait;
                 self.cached_tokens = *cached_tokens;
                 self.fell_back = *fell_back;
+                match &mut self.in_use {
+                    // The base runs in its place.
+                    Some(_) if *fell_back => self.in_use = None,
+                    Some(in_use) => in_use.run(),
+                    None => {}
+                }
             }
             TokenEvent::Prompt { .. } => {}
             TokenEvent::Token { choice, .. } => self.on_token(*choice),

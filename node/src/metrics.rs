@@ -4,16 +4,24 @@
 //! our own with `tenant`, `task`, `adapter` and `tier` labels (MON-01, MON-06…09, MON-12). A tenant label is
 //! kept for the first [`TENANT_LABELS_MAX`] tenants seen; later ones share `_other`.
 
+pub mod activity;
+
+use std::fmt::Write as _;
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use dashmap::DashMap;
+use kernels::kv::PAGE_TOKENS;
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+use parking_lot::Mutex;
+use scheduler::engine::{EngineSnapshot, STEP_ROWS_BOUNDS};
 use shared::id::{BaseName, TaskName, TenantId};
 use shared::request::Envelope;
 use shared::tenant::Tier;
 
+use crate::app::App;
+use crate::base_room::BaseRoom;
 use crate::metering::{Outcome, UsageRecord};
 
 /// Tenants that get a label value of their own: keeps the series count bounded, as llm-d's scheduler does.
@@ -43,11 +51,16 @@ const TOKENS: &[f64] = &[
 /// Buckets for adapter loads and other short work: 1 µs to 10 s.
 const SHORT_S: &[f64] = &[1e-6, 1e-5, 1e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5, 10.0];
 
-/// Installs the recorder of this process and describes the metrics.
+/// Installs the recorder of this process and describes the metrics; nodes of one process share it.
 ///
 /// # Errors
-/// When a recorder is already installed.
+/// When somebody else's recorder is already installed.
 pub fn install() -> Result<PrometheusHandle, BuildError> {
+    static INSTALLED: Mutex<Option<PrometheusHandle>> = Mutex::new(None);
+    let mut installed = INSTALLED.lock();
+    if let Some(handle) = &*installed {
+        return Ok(handle.clone());
+    }
     let mut builder = PrometheusBuilder::new();
     for (matcher, buckets) in [
         (Matcher::Suffix("time_to_first_token_seconds".into()), TTFT_S),
@@ -56,6 +69,8 @@ pub fn install() -> Result<PrometheusHandle, BuildError> {
         (Matcher::Prefix("vllm:e2e_request_latency".into()), REQUEST_S),
         (Matcher::Prefix("vllm:request_queue_time".into()), REQUEST_S),
         (Matcher::Prefix("vllm:request_inference_time".into()), REQUEST_S),
+        (Matcher::Prefix("vllm:request_prefill_time".into()), REQUEST_S),
+        (Matcher::Prefix("vllm:request_decode_time".into()), REQUEST_S),
         (Matcher::Suffix("request_seconds".into()), REQUEST_S),
         (Matcher::Suffix("queue_wait_seconds".into()), TTFT_S),
         (Matcher::Prefix("vllm:request_prompt_tokens".into()), TOKENS),
@@ -67,6 +82,7 @@ pub fn install() -> Result<PrometheusHandle, BuildError> {
     }
     let handle = builder.install_recorder()?;
     describe();
+    *installed = Some(handle.clone());
     Ok(handle)
 }
 
@@ -115,16 +131,30 @@ fn describe() {
     describe_gauge!("tenantry_registry_epoch", "Epoch of the registry this node serves from.");
     describe_gauge!("tenantry_engine_up", "1 while the base's engine thread runs.");
     describe_counter!("tenantry_engine_restarts_total", "Times the base's engine was started again after a failure.");
+    describe_vllm();
+}
+
+/// The families that vLLM has too.
+fn describe_vllm() {
     describe_counter!("vllm:request_success_total", "Finished choices, by finished_reason.");
     describe_histogram!("vllm:time_to_first_token_seconds", "As tenantry_time_to_first_token_seconds, by base.");
     describe_histogram!("vllm:time_per_output_token_seconds", "As tenantry_inter_token_seconds, by base.");
     describe_histogram!("vllm:e2e_request_latency_seconds", "As tenantry_request_seconds, by base.");
     describe_histogram!("vllm:request_queue_time_seconds", "As tenantry_queue_wait_seconds, by base.");
     describe_histogram!("vllm:request_inference_time_seconds", "Entering the batch to end, by base.");
+    describe_histogram!(
+        "vllm:request_prefill_time_seconds",
+        "Entering the batch to the first delivered token, by base."
+    );
+    describe_histogram!("vllm:request_decode_time_seconds", "First delivered token to end, by base.");
     describe_histogram!("vllm:request_prompt_tokens", "Prompt tokens per request.");
     describe_histogram!("vllm:request_generation_tokens", "Delivered tokens per request.");
     describe_counter!("vllm:prompt_tokens_total", "Prompt tokens of requests that ended.");
     describe_counter!("vllm:generation_tokens_total", "Delivered tokens of requests that ended.");
+    describe_gauge!(
+        "vllm:cache_config_info",
+        "Always 1; the labels are the size of a KV page in tokens (block_size), their number (num_gpu_blocks, in host memory here) and whether prefixes are cached."
+    );
     describe_gauge!("vllm:num_requests_running", "Sequences in the batch.");
     describe_gauge!("vllm:num_requests_waiting", "Requests in the fair queue and preempted sequences.");
     describe_gauge!("vllm:kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.");
@@ -215,10 +245,21 @@ pub fn request_ended(record: &UsageRecord) {
         .increment(u64::from(record.prompt_tokens));
     counter!("vllm:generation_tokens_total", "model_name" => base.clone(), "engine" => "0").increment(delivered);
     if let Some(first_token_ms) = record.first_token_ms {
-        histogram!("tenantry_time_to_first_token_seconds", "tenant" => tenant, "adapter" => adapter, "tier" => tier)
-            .record(first_token_ms / 1e3);
-        histogram!("vllm:time_to_first_token_seconds", "model_name" => base, "engine" => "0")
-            .record(first_token_ms / 1e3);
+        first_token(record, tenant, adapter, first_token_ms);
+    }
+}
+
+/// Times of a request that got at least one token.
+fn first_token(record: &UsageRecord, tenant: String, adapter: String, first_token_ms: f64) {
+    let (base, tier) = (record.base.to_string(), record.tier.as_str());
+    histogram!("tenantry_time_to_first_token_seconds", "tenant" => tenant, "adapter" => adapter, "tier" => tier)
+        .record(first_token_ms / 1e3);
+    for (name, ms) in [
+        ("vllm:time_to_first_token_seconds", first_token_ms),
+        ("vllm:request_prefill_time_seconds", first_token_ms - record.queue_wait_ms),
+        ("vllm:request_decode_time_seconds", record.total_ms - first_token_ms),
+    ] {
+        histogram!(name, "model_name" => base.clone(), "engine" => "0").record(ms / 1e3);
     }
 }
 
@@ -246,9 +287,9 @@ pub fn engine_restarted(base: &BaseName) {
 }
 
 /// State of one base, set when the metrics are read.
-pub fn base_state(room: &crate::base_room::BaseRoom) {
+pub fn base_state(room: &BaseRoom) {
     let base = room.name.to_string();
-    let engine = room.stats.load().snapshot();
+    let engine = room.engine_totals();
     let share = engine.kv_pages_used as f64 / (engine.kv_pages.max(1)) as f64;
     let waiting = room.queue.n_waiting() as f64 + engine.sequences_preempted as f64;
     for (name, value) in [
@@ -267,7 +308,45 @@ pub fn base_state(room: &crate::base_room::BaseRoom) {
     ] {
         counter!(name, "model_name" => base.clone(), "engine" => "0").absolute(value);
     }
+    let prefix_cache = if room.engine.scheduling.prefix_cache { "True" } else { "False" };
+    gauge!("vllm:cache_config_info", "model_name" => base.clone(), "engine" => "0", "block_size" => PAGE_TOKENS.to_string(), "num_gpu_blocks" => engine.kv_pages.to_string(), "enable_prefix_caching" => prefix_cache).set(1.0);
     gauge!("tenantry_engine_forward_seconds_total", "model_name" => base).set(engine.forward_ns as f64 / 1e9);
+}
+
+/// Appends the two families that the recorder cannot hold: a histogram that engines count themselves, and an
+/// info metric whose labels change with every request.
+pub fn render_engines(text: &mut String, app: &App) {
+    let rooms = || app.rooms().values();
+    text.push_str("# HELP vllm:iteration_tokens_total Rows (tokens) per engine step.\n");
+    text.push_str("# TYPE vllm:iteration_tokens_total histogram\n");
+    rooms().for_each(|room| steps(text, &room.name, &room.engine_totals()));
+    text.push_str("# HELP vllm:lora_requests_info Adapters of running and waiting requests; the value is the time.\n");
+    text.push_str("# TYPE vllm:lora_requests_info gauge\n");
+    for room in rooms() {
+        let (running, waiting) = activity::adapters_in_use(&room.name);
+        let (base, slots, now_s) = (&room.name, app.config().adapters.slots, app.wall_s());
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            text,
+            "vllm:lora_requests_info{{model_name=\"{base}\",engine=\"0\",max_lora=\"{slots}\",running_lora_adapters=\"{running}\",waiting_lora_adapters=\"{waiting}\"}} {now_s}"
+        );
+    }
+}
+
+fn steps(text: &mut String, base: &BaseName, engine: &EngineSnapshot) {
+    let bounds = STEP_ROWS_BOUNDS.iter().map(ToString::to_string).chain(["+Inf".to_owned()]);
+    let mut total = 0;
+    for (bound, count) in bounds.zip(engine.steps_by_rows) {
+        total += count;
+        let _ = writeln!(
+            text,
+            "vllm:iteration_tokens_total_bucket{{model_name=\"{base}\",engine=\"0\",le=\"{bound}\"}} {total}"
+        );
+    }
+    let rows = engine.rows_prefill + engine.rows_decode;
+    for (part, value) in [("sum", rows), ("count", total)] {
+        let _ = writeln!(text, "vllm:iteration_tokens_total_{part}{{model_name=\"{base}\",engine=\"0\"}} {value}");
+    }
 }
 
 /// A connection was closed because too many were open.

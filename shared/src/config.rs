@@ -88,6 +88,17 @@ pub struct EngineConfig {
     pub reserves: [f64; 3],
 }
 
+/// What clients may cost a port before a request exists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClientsConfig {
+    /// Connections open at once on a port.
+    pub connections: usize,
+    /// Of these, from one address.
+    pub connections_per_address: usize,
+    /// Bytes of request bodies being read at once.
+    pub body_bytes: usize,
+}
+
 /// Budgets of the adapter cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdapterConfig {
@@ -112,6 +123,8 @@ pub struct AdapterConfig {
 pub struct QueueConfig {
     /// Requests that may wait on this node in all.
     pub depth_total: usize,
+    /// Requests of one tenant that may wait on this node, on all its tasks.
+    pub depth_tenant: u32,
     /// Weight of a class, in the order of [`Tier::ALL`].
     pub class_weights: [u32; 3],
     /// Cost of a prompt token in virtual tokens.
@@ -142,6 +155,8 @@ pub struct ClusterConfig {
     pub bases: Vec<BaseConfig>,
     /// Engine sizes.
     pub engine: EngineConfig,
+    /// What clients may cost before a request exists.
+    pub clients: ClientsConfig,
     /// Adapter budgets.
     pub adapters: AdapterConfig,
     /// Queue policy.
@@ -205,7 +220,7 @@ struct Checker<'a> {
 
 impl Checker<'_> {
     fn check(&self, file: ClusterFile) -> Result<ClusterConfig, ConfigError> {
-        let ClusterFile { cluster, nodes, bases, engine, adapters, queue, tiers, tls, insecure } = file;
+        let ClusterFile { cluster, nodes, bases, engine, clients, adapters, queue, tiers, tls, insecure } = file;
         let tls = tls.map(|tls| TlsConfig { certificate: self.resolve(&tls.certificate), key: self.resolve(&tls.key) });
         let nodes = self.nodes(nodes, tls.is_some() || insecure)?;
         let bases = self.bases(bases)?;
@@ -229,6 +244,7 @@ impl Checker<'_> {
             nodes,
             bases,
             engine: self.engine(&engine, reserves)?,
+            clients: self.clients(&clients)?,
             adapters: self.adapters(&adapters)?,
             queue: self.queue(&queue, class_weights)?,
             tier_limits: [
@@ -343,6 +359,15 @@ impl Checker<'_> {
         })
     }
 
+    fn clients(&self, clients: &file::Clients) -> Result<ClientsConfig, ConfigError> {
+        let connections = self.range(&["clients", "connections"], clients.connections, 1, 1_000_000)?;
+        let key = ["clients", "connections_per_address"];
+        let connections_per_address = self.range(&key, clients.connections_per_address, 1, connections)?;
+        // One tenant may hold a quarter: the smallest budget lets it send one body of 1 MiB.
+        let body_bytes = self.range(&["clients", "bodies_mib"], clients.bodies_mib, 4, 1 << 20)? << 20;
+        Ok(ClientsConfig { connections, connections_per_address, body_bytes })
+    }
+
     fn adapters(&self, adapters: &file::Adapters) -> Result<AdapterConfig, ConfigError> {
         Ok(AdapterConfig {
             slots: self.range(&["adapters", "slots"], adapters.slots, 1, 65_536)?,
@@ -358,6 +383,7 @@ impl Checker<'_> {
     fn queue(&self, queue: &file::Queue, class_weights: [u32; 3]) -> Result<QueueConfig, ConfigError> {
         Ok(QueueConfig {
             depth_total: self.range(&["queue", "depth_total"], queue.depth_total, 1, 1_000_000)?,
+            depth_tenant: self.range(&["queue", "depth_tenant"], queue.depth_tenant as usize, 1, 1_000_000)? as u32,
             class_weights,
             prefill_weight: self.range(&["queue", "prefill_weight"], queue.prefill_weight as usize, 1, 100)? as u32,
             decode_weight: self.range(&["queue", "decode_weight"], queue.decode_weight as usize, 1, 100)? as u32,

@@ -140,6 +140,11 @@ impl<T> FairQueue<T> {
             let retry_after = self.rate.retry_after(0, item.id);
             return Err(SubmitError::RouteFull { waiting: 0, limit: 0, retry_after });
         }
+        if let Some(lines) = tenant.filter(|lines| lines.waiting >= self.config.tenant_waiting_max) {
+            let retry_after = lines.rate.retry_after(lines.waiting as usize, item.id);
+            let limit = self.config.tenant_waiting_max;
+            return Err(SubmitError::TenantFull { waiting: lines.waiting, limit, retry_after });
+        }
         let is_first = tenant.is_none_or(|lines| lines.waiting == 0);
         let limit = self.config.waiting_max - if is_first { 0 } else { self.config.waiting_max / 8 };
         if self.waiting.len() >= limit {

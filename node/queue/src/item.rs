@@ -141,6 +141,9 @@ pub struct FairConfig {
     /// Requests that may wait on this node; default 10,000. The last eighth is for tenants that have
     /// nothing waiting yet, so that a flood cannot shut the door on everybody else.
     pub waiting_max: usize,
+    /// Requests of one tenant that may wait on this node, all its routes together; default 1000. A tenant with
+    /// many tasks would otherwise have a line for each.
+    pub tenant_waiting_max: u32,
     /// How long an idle tenant's debt is remembered; default 10 min.
     pub forget_after: Duration,
 }
@@ -155,6 +158,7 @@ impl Default for FairConfig {
             pass_tokens_max: 4096,
             credit_tokens_max: 16_384,
             waiting_max: 10_000,
+            tenant_waiting_max: 1000,
             forget_after: Duration::from_secs(600),
         }
     }
@@ -173,6 +177,18 @@ pub enum SubmitError {
         /// The contract's depth.
         limit: u32,
         /// Estimate of when the line has moved.
+        retry_after: Duration,
+    },
+    /// The tenant has requests waiting on many routes.
+    #[error(
+        "{waiting} requests of this tenant already wait on this node, limit {limit}; hint: retry after the Retry-After header"
+    )]
+    TenantFull {
+        /// Waiting now, on all its routes.
+        waiting: u32,
+        /// The node's limit for one tenant.
+        limit: u32,
+        /// Estimate of when there is room.
         retry_after: Duration,
     },
     /// The node's queue is full.
@@ -200,7 +216,7 @@ impl From<SubmitError> for RequestError {
     fn from(error: SubmitError) -> Self {
         let text = error.to_string();
         match error {
-            SubmitError::RouteFull { retry_after, .. } => {
+            SubmitError::RouteFull { retry_after, .. } | SubmitError::TenantFull { retry_after, .. } => {
                 Self::new(ErrorKind::Throttled, "queue_full", text).retry_after(retry_after)
             }
             // The tenant did nothing wrong here, so this is not a 429 and tells no numbers of other tenants.

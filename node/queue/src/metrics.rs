@@ -36,6 +36,7 @@ pub(crate) fn submitted(tier: Tier) {
 pub(crate) fn refused(error: &SubmitError) {
     let reason = match error {
         SubmitError::RouteFull { .. } => "route_full",
+        SubmitError::TenantFull { .. } => "tenant_full",
         SubmitError::NodeFull { .. } => "node_full",
         SubmitError::DeadlinePassed => "deadline",
         SubmitError::Duplicate(_) => "duplicate",

@@ -23,7 +23,7 @@ use crate::source::WorkSource;
 use crate::vocab::Vocabulary;
 use batch::Batch;
 
-pub use stats::{EngineSnapshot, EngineStats};
+pub use stats::{EngineSnapshot, EngineStats, STEP_ROWS_BOUNDS, STEP_ROWS_BUCKETS};
 
 /// Longest wait for work when idle: how late an engine notices that it should stop.
 const PARK_IDLE: Duration = Duration::from_millis(50);

@@ -4,6 +4,7 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::http::{Response, StatusCode};
 use axum::response::IntoResponse;
+use queue::fair::{ClassStats, TenantStats};
 use serde_json::{Value, json};
 
 use super::{Shared, api};
@@ -28,7 +29,7 @@ pub(super) async fn show(State(admin): Shared) -> Response<Body> {
 
 fn room_status(room: &crate::base_room::BaseRoom, now: std::time::Instant) -> Value {
     let info = &room.model.info;
-    let engine = room.stats.load().snapshot();
+    let engine = room.engine_totals();
     let queue = room.queue.stats(now);
     let cache = room.cache.stats();
     json!({
@@ -51,7 +52,12 @@ fn room_status(room: &crate::base_room::BaseRoom, now: std::time::Instant) -> Va
             "prefix_queries": engine.prefix_queries,
             "prefix_hits": engine.prefix_hits,
         },
-        "queue": {"waiting": room.queue.n_waiting(), "classes": format!("{queue:?}")},
+        "queue": {
+            "waiting": room.queue.n_waiting(),
+            "running": queue.running,
+            "classes": queue.classes.iter().map(class_status).collect::<Vec<_>>(),
+            "tenants": queue.tenants.iter().map(tenant_status).collect::<Vec<_>>(),
+        },
         "adapters": {
             "resident": cache.resident,
             "leased": cache.leased,
@@ -66,13 +72,36 @@ fn room_status(room: &crate::base_room::BaseRoom, now: std::time::Instant) -> Va
     })
 }
 
+fn class_status(class: &ClassStats) -> Value {
+    json!({
+        "tier": class.tier.as_str(),
+        "waiting": class.waiting,
+        "tenants_waiting": class.tenants_waiting,
+        "sequences_running": class.running_sequences,
+        "oldest_wait_s": class.oldest_wait.as_secs_f64(),
+        "service_tokens": class.service_tokens,
+    })
+}
+
+fn tenant_status(tenant: &TenantStats) -> Value {
+    json!({
+        "tenant": tenant.tenant,
+        "tier": tenant.tier.as_str(),
+        "waiting": tenant.waiting,
+        "sequences_running": tenant.running_sequences,
+        "service_tokens": tenant.service_tokens,
+    })
+}
+
 pub(super) async fn metrics(State(admin): Shared) -> Response<Body> {
     let app = &admin.app;
     metrics::node_state(app.journal().backlog(), app.registry().snapshot().epoch());
     for room in app.rooms().values() {
         metrics::base_state(room);
     }
-    ([("content-type", "text/plain; version=0.0.4")], admin.metrics.render()).into_response()
+    let mut text = admin.metrics.render();
+    metrics::render_engines(&mut text, app);
+    ([("content-type", "text/plain; version=0.0.4")], text).into_response()
 }
 
 pub(super) async fn ready(State(admin): Shared) -> Response<Body> {

@@ -28,6 +28,9 @@ pub struct ClusterFile {
     /// Engine sizes.
     #[serde(default)]
     pub engine: Engine,
+    /// What clients may cost before a request exists.
+    #[serde(default)]
+    pub clients: Clients,
     /// Adapter budgets.
     #[serde(default)]
     pub adapters: Adapters,
@@ -125,6 +128,24 @@ impl Default for Engine {
     }
 }
 
+/// `[clients]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Clients {
+    /// Connections open at once on a port.
+    pub connections: usize,
+    /// Of these, from one address.
+    pub connections_per_address: usize,
+    /// MiB of request bodies being read at once.
+    pub bodies_mib: usize,
+}
+
+impl Default for Clients {
+    fn default() -> Self {
+        Self { connections: 4096, connections_per_address: 1024, bodies_mib: 256 }
+    }
+}
+
 /// `[adapters]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -165,6 +186,8 @@ impl Default for Adapters {
 pub struct Queue {
     /// Requests that may wait on a node.
     pub depth_total: usize,
+    /// Of these, of one tenant.
+    pub depth_tenant: u32,
     /// Virtual tokens per prompt token.
     pub prefill_weight: u32,
     /// Virtual tokens per answer token.
@@ -175,7 +198,7 @@ pub struct Queue {
 
 impl Default for Queue {
     fn default() -> Self {
-        Self { depth_total: 10_000, prefill_weight: 1, decode_weight: 2, pass_tokens_max: 4096 }
+        Self { depth_total: 10_000, depth_tenant: 1000, prefill_weight: 1, decode_weight: 2, pass_tokens_max: 4096 }
     }
 }
 

@@ -19,6 +19,7 @@ fn the_shipped_file_spells_out_every_default() {
     assert_eq!(shipped, bare);
     for table in [
         toml::to_string(&bare.engine),
+        toml::to_string(&bare.clients),
         toml::to_string(&bare.adapters),
         toml::to_string(&bare.queue),
         toml::to_string(&bare.cluster),
@@ -63,6 +64,10 @@ fn mistakes_are_refused_with_line_and_hint() {
         ("sequences = 64", "sequences = 300", "cannot each have a row"),
         ("kv_mib = 512", "kv_mib = 1", "engine.kv_mib is 1"),
         ("prefix_cache_share = 0.25", "prefix_cache_share = 1.5", "prefix_cache_share is 1.5"),
+        ("connections = 4096", "connections = 0", "clients.connections is 0"),
+        ("connections_per_address = 1024", "connections_per_address = 4097", "connections_per_address is 4097"),
+        ("bodies_mib = 256", "bodies_mib = 3", "clients.bodies_mib is 3"),
+        ("depth_tenant = 1000", "depth_tenant = 0", "queue.depth_tenant is 0"),
         ("slots = 16", "slots = 0", "adapters.slots is 0"),
         ("rank_max = 256", "rank_max = 257", "adapters.rank_max is 257"),
         ("decode_weight = 2", "decode_weight = 0", "queue.decode_weight is 0"),

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use model::info::Linear;
 use serde_json::{Value, json};
-use tests::operator::{agent, install, tenant};
+use tests::operator::{agent, install, start, tenant};
 use tests::process::{NodeProcess, NodeSpec, scratch};
 use tests::tiny;
 
@@ -80,6 +80,9 @@ const VLLM_TTFT: [f64; 22] = [
 ];
 const VLLM_TPOT: [f64; 19] =
     [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0];
+/// In rows: its name says tokens, its help "number of tokens per engine_step".
+const VLLM_ITERATION: [f64; 13] =
+    [1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
 const VLLM_REQUEST: [f64; 21] = [
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
     1920.0, 7680.0,
@@ -129,6 +132,9 @@ fn counters_add_up_to_what_was_sent_under_the_names_dashboards_know() {
         ("vllm:e2e_request_latency_seconds", &VLLM_REQUEST[..]),
         ("vllm:request_queue_time_seconds", &VLLM_REQUEST[..]),
         ("vllm:request_inference_time_seconds", &VLLM_REQUEST[..]),
+        ("vllm:request_prefill_time_seconds", &VLLM_REQUEST[..]),
+        ("vllm:request_decode_time_seconds", &VLLM_REQUEST[..]),
+        ("vllm:iteration_tokens_total", &VLLM_ITERATION[..]),
         ("tenantry_time_to_first_token_seconds", &VLLM_TTFT[..]),
         ("tenantry_inter_token_seconds", &VLLM_TPOT[..]),
     ] {
@@ -137,6 +143,18 @@ fn counters_add_up_to_what_was_sent_under_the_names_dashboards_know() {
     for family in ["vllm:time_to_first_token_seconds", "vllm:e2e_request_latency_seconds"] {
         assert_eq!(value(&series, &format!("{family}_count"), &base), 3.0, "{family}");
     }
+    let sum = |family: &str| value(&series, &format!("{family}_sum"), &base);
+    let (prefill, decode) = (sum("vllm:request_prefill_time_seconds"), sum("vllm:request_decode_time_seconds"));
+    let inference = sum("vllm:request_inference_time_seconds");
+    assert!(prefill > 0.0 && decode > 0.0, "{prefill} {decode}");
+    assert!((prefill + decode - inference).abs() < 1e-6, "{prefill} + {decode} = {inference}");
+    // Each request computed its prompt of 4 and all its tokens but the last, whose successor nobody asked for.
+    assert_eq!(sum("vllm:iteration_tokens_total"), 12.0 + 15.0);
+    assert_eq!(
+        value(&series, "vllm:iteration_tokens_total_count", &base),
+        value(&series, "tenantry_engine_steps_total", &base)
+    );
+    assert!(text.contains("vllm:cache_config_info{model_name=\"tiny\",engine=\"0\",block_size=\"16\",num_gpu_blocks="));
     assert_eq!(value(&series, "vllm:request_generation_tokens_sum", &base), 18.0);
     assert_eq!(value(&series, "vllm:time_per_output_token_seconds_count", &base), 15.0, "gaps, not tokens");
 
@@ -159,6 +177,50 @@ fn counters_add_up_to_what_was_sent_under_the_names_dashboards_know() {
     assert_eq!(refused("_none", "_none", "invalid_api_key"), 1.0);
     let first_token = [("tenant", "acme"), ("adapter", version), ("tier", "premium")];
     assert_eq!(value(&series, "tenantry_time_to_first_token_seconds_count", &first_token), 2.0);
+}
+
+#[test]
+fn adapters_in_use_are_named_while_their_requests_wait_or_run() {
+    let folder = scratch("in-use");
+    let node = NodeProcess::start(
+        &folder,
+        &NodeSpec::tiny(&folder.join("model"))
+            .with("[engine]\nsequences = 1\nrows_per_step = 16\n[adapters]\nslots = 3"),
+    );
+    let key = tenant(&node, "acme", &json!({}));
+    let (first, second) = ("acme-support-tiny-v1.0.0", "acme-sales-tiny-v1.0.0");
+    install(&node, first, &tiny::adapter(1, 4, &Linear::ALL));
+    install(&node, second, &tiny::adapter(2, 4, &Linear::ALL));
+    let info = |running: &str, waiting: &str| {
+        format!(
+            "vllm:lora_requests_info{{model_name=\"tiny\",engine=\"0\",max_lora=\"3\",running_lora_adapters=\"{running}\",waiting_lora_adapters=\"{waiting}\"}} "
+        )
+    };
+    let shows = |line: &str| {
+        (0..200).any(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            node.metrics().contains(line)
+        })
+    };
+    assert!(shows(&info("", "")));
+    let ask = |model: &str| {
+        let body = json!({"model": model, "prompt": "x", "max_tokens": 1000, "ignore_eos": true, "stream": true, "logprobs": 5});
+        start(node.http(), "/v1/completions", &key, &body.to_string())
+    };
+    // One runs, the others wait, and there are enough of them to outlast the test's questions.
+    let mut clients: Vec<_> = (0..30).map(|_| ask("support")).collect();
+    assert!(shows(&info(first, first)), "{}", node.metrics());
+    clients.push(ask("sales"));
+    let both = format!("{second},{first}");
+    assert!(shows(&info(first, &both)) || shows(&info(second, first)), "{}", node.metrics());
+    let status = tests::operator::base_status(&node);
+    let (queue, shared) = (&status["queue"], &status["queue"]["classes"][0]);
+    assert!(queue["waiting"].as_u64() > Some(1) && shared["waiting"].as_u64() > Some(1), "{queue}");
+    assert_eq!((&shared["tier"], &shared["tenants_waiting"]), (&json!("shared"), &json!(1)));
+    assert!(shared["oldest_wait_s"].as_f64() > Some(0.0), "{shared}");
+    assert_eq!(queue["tenants"][0]["tenant"], "acme", "{queue}");
+    drop(clients);
+    assert!(shows(&info("", "")), "{}", node.metrics());
 }
 
 /// Paths of a document with their methods.

@@ -456,9 +456,8 @@ impl Batch {
     }
 
     fn count_rows(&mut self, plan: &StepPlan, took: Duration) {
-        self.stats.steps += 1;
+        self.stats.count_step(plan.n_rows() as u64);
         self.stats.forward_ns += u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
-        self.stats.rows_last = plan.n_rows() as u64;
     }
 
     /// Brings the state part of the numbers up to date.
