@@ -193,7 +193,8 @@ impl Admission {
     }
 
     /// Where a tenant stands now.
-    pub fn status(&mut self, contract: &TenantContract, now: Instant) -> RateStatus {
+    #[cfg(test)]
+    fn status(&mut self, contract: &TenantContract, now: Instant) -> RateStatus {
         self.buckets_of(contract, now).status(&contract.limits)
     }
 

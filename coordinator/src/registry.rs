@@ -5,21 +5,18 @@
 //! ```
 //!
 //! [`Registry`] is the handle that the rest of the node holds. Reading is a pointer copy; only changes go
-//! through the actor. The supervisor of a node starts it with [`Registry::open`] and, when the actor fails,
-//! calls [`Registry::respawn`]: every handle stays valid.
+//! through the actor. A node opens it with [`Registry::open`]; its supervisor takes the actor over with
+//! [`Registry::link`] and, when it fails, calls [`Registry::respawn`]: every handle stays valid.
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use ractor::{Actor, ActorCell, ActorId, ActorRef};
+use ractor::{Actor, ActorCell, ActorId, ActorRef, ActorStatus};
 use tokio::sync::{Semaphore, oneshot, watch};
 
-use shared::id::TenantId;
 use shared::seal::ClusterKey;
-
-use crate::auth::{ApiKey, KeyId, Scope};
 
 pub mod record;
 pub mod command;
@@ -34,7 +31,7 @@ mod writer;
 pub mod actor;
 
 use actor::{RegistryActor, RegistryArgs, RegistryMsg};
-use command::{Action, Applied, Command, TenantSpec};
+use command::{Applied, Command};
 use error::RegistryError;
 use secrets::Secrets;
 use snapshot::Snapshot;
@@ -44,6 +41,9 @@ use writer::{Job, Writer};
 
 /// Commands that may wait at once: far more than operators cause, and little memory.
 pub const COMMANDS_WAITING_MAX: usize = 1024;
+
+/// Longest wait for the actor to pass its commands on to the writer, which takes microseconds each.
+const DRAIN_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// Where the registry lives and what opens it.
 #[derive(Debug)]
@@ -68,17 +68,6 @@ impl RegistryOptions {
     }
 }
 
-/// A created tenant.
-#[derive(Debug)]
-pub struct Created {
-    /// What happened.
-    pub applied: Applied,
-    /// The first API key; this is the only time it is known.
-    pub key: ApiKey,
-    /// Its public half.
-    pub key_id: KeyId,
-}
-
 /// The handle to the registry; clones are the same registry.
 #[derive(Clone)]
 pub struct Registry {
@@ -95,11 +84,11 @@ struct Inner {
 }
 
 impl Registry {
-    /// Opens or creates the registry and starts its actor, linked to `supervisor` if there is one.
+    /// Opens or creates the registry and starts its actor; [`Self::link`] puts it under a supervisor.
     ///
     /// # Errors
     /// [`RegistryError::Open`] with the reason.
-    pub async fn open(options: RegistryOptions, supervisor: Option<ActorCell>) -> Result<Self, RegistryError> {
+    pub async fn open(options: RegistryOptions) -> Result<Self, RegistryError> {
         let RegistryOptions { dir, cluster_key } = options;
         let secrets = Arc::new(Secrets::new(cluster_key));
         let (store, state, snapshot) = open_blocking(&dir, &secrets).await?;
@@ -112,11 +101,21 @@ impl Registry {
             credits: Arc::new(Semaphore::new(COMMANDS_WAITING_MAX)),
         };
         let registry = Self { inner: Arc::new(inner) };
-        registry.spawn((store, state), supervisor).await?;
+        registry.spawn((store, state), None).await?;
         Ok(registry)
     }
 
-    /// Starts a new actor after the former one failed, from what is on disk.
+    /// Puts the running actor under `supervisor`, which hears of its end from now on. `None` when it has ended
+    /// already: then [`Self::respawn`] is due.
+    pub fn link(&self, supervisor: ActorCell) -> Option<ActorId> {
+        let actor = lock(&self.inner.actor).clone()?;
+        actor.get_cell().link(supervisor);
+        // Looked at afterwards: an end before the link was told to nobody.
+        (actor.get_status() < ActorStatus::Draining).then(|| actor.get_id())
+    }
+
+    /// Starts a new actor after the former one failed, from what is on disk. The former one's last state must be
+    /// dropped before: it holds the writer, which is waited for.
     ///
     /// # Errors
     /// As [`Self::open`]; the last snapshot stays readable.
@@ -143,9 +142,9 @@ impl Registry {
     /// Ends the actor and waits until the writer has finished what it was given and let go of the directory.
     pub async fn stop(&self) {
         let actor = lock(&self.inner.actor).take();
-        if let Some(actor) = actor {
-            // It may have ended already.
-            let _ = actor.drain_and_wait(None).await;
+        if let Some(actor) = actor.filter(|actor| actor.get_status() < ActorStatus::Stopping) {
+            // Bounded, because one that ends at this very moment tells nobody; the writer is waited for below.
+            let _ = actor.drain_and_wait(Some(DRAIN_WAIT_MAX)).await;
         }
         let writer = lock(&self.inner.writer).take();
         if let Some(writer) = writer {
@@ -187,35 +186,6 @@ impl Registry {
         let actor = lock(&self.inner.actor).clone().ok_or(RegistryError::Unavailable)?;
         actor.send_message(RegistryMsg::Apply(job)).map_err(|_| RegistryError::Unavailable)?;
         answer.await.unwrap_or(Err(RegistryError::Unavailable))
-    }
-
-    /// Creates a tenant with one API key that may do everything a tenant may.
-    ///
-    /// # Errors
-    /// As [`Self::apply`].
-    pub async fn create_tenant(&self, spec: TenantSpec, at_s: u64) -> Result<Created, RegistryError> {
-        let scopes = BTreeSet::from([Scope::Infer, Scope::Adapters, Scope::Metrics]);
-        let (key, record) = self.inner.secrets.api_key(scopes, at_s, None);
-        let key_id = record.id;
-        let command = self.inner.secrets.create_tenant(spec, vec![record], at_s);
-        Ok(Created { applied: self.apply(command).await?, key, key_id })
-    }
-
-    /// Adds an API key to a tenant.
-    ///
-    /// # Errors
-    /// As [`Self::apply`].
-    pub async fn add_key(
-        &self,
-        tenant: &TenantId,
-        scopes: BTreeSet<Scope>,
-        at_s: u64,
-        expires_at_s: Option<u64>,
-    ) -> Result<Created, RegistryError> {
-        let (key, record) = self.inner.secrets.api_key(scopes, at_s, expires_at_s);
-        let key_id = record.id;
-        let applied = self.apply(Action::AddKey { tenant: tenant.clone(), key: record }).await?;
-        Ok(Created { applied, key, key_id })
     }
 }
 

@@ -92,24 +92,11 @@ fn without_adapter(contract: &TenantContract, task: &TaskName) -> Result<Target,
     }
 }
 
-/// What kind of name a visible model is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ModelKind {
-    /// A task: follows its pointer.
-    Task,
-    /// A fixed version.
-    Version,
-    /// The base model itself.
-    Base,
-}
-
 /// One line of `GET /v1/models`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VisibleModel {
     /// What to write in the `model` field.
     pub id: String,
-    /// What kind of name it is.
-    pub kind: ModelKind,
     /// Base model it runs on.
     pub base: BaseName,
     /// Version behind it; `None` is the base itself.
@@ -121,20 +108,14 @@ pub fn visible_models(contract: &TenantContract) -> Vec<VisibleModel> {
     let task = |name: &TaskName| {
         let target = resolve(contract, name.as_str()).ok()?;
         let version = target.adapter.map(|pin| pin.name);
-        Some(VisibleModel { id: name.to_string(), kind: ModelKind::Task, base: target.base, version })
+        Some(VisibleModel { id: name.to_string(), base: target.base, version })
     };
     let version = |name: &AdapterName| VisibleModel {
         id: name.to_string(),
-        kind: ModelKind::Version,
         base: name.base.clone(),
         version: Some(name.clone()),
     };
-    let base = |base: &BaseName| VisibleModel {
-        id: base.to_string(),
-        kind: ModelKind::Base,
-        base: base.clone(),
-        version: None,
-    };
+    let base = |base: &BaseName| VisibleModel { id: base.to_string(), base: base.clone(), version: None };
     let bases = contract.bases.iter().filter(|_| contract.allow_base).map(base);
     contract.tasks.keys().filter_map(task).chain(contract.versions.keys().map(version)).chain(bases).collect()
 }

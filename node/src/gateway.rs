@@ -38,14 +38,16 @@ use axum::routing::{get, post};
 use axum::{Extension, Router};
 
 use self::backend::Backend;
+use self::body::BodyBudget;
 use self::limits::Pace;
 
-/// The client API over a backend. Every route but health, version and the API document needs a key.
-pub fn router<B: Backend>(backend: Arc<B>) -> Router {
-    router_paced(backend, Pace::default())
+/// The client API over a backend. Every route but health, version and the API document needs a key. Bodies being
+/// read take `body_bytes_max` at once.
+pub fn router<B: Backend>(backend: Arc<B>, body_bytes_max: usize) -> Router {
+    router_paced(backend, Pace::default(), body_bytes_max)
 }
 
-fn router_paced<B: Backend>(backend: Arc<B>, pace: Pace) -> Router {
+fn router_paced<B: Backend>(backend: Arc<B>, pace: Pace, body_bytes_max: usize) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(routes::chat::<B>))
         .route("/v1/completions", post(routes::completions::<B>))
@@ -61,6 +63,7 @@ fn router_paced<B: Backend>(backend: Arc<B>, pace: Pace) -> Router {
         .fallback(routes::no_route)
         .method_not_allowed_fallback(routes::no_method)
         .layer(Extension(pace))
+        .layer(Extension(BodyBudget::new(body_bytes_max)))
         // Layers wrap what stands above them, fallbacks included: the last one is the outermost.
         .layer(from_fn_with_state(backend.clone(), auth::authenticate::<B>))
         .layer(from_fn_with_state(backend.clone(), auth::identify::<B>))

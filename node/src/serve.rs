@@ -17,7 +17,7 @@ use coordinator::auth::AdminKey;
 use coordinator::registry::{Registry, RegistryOptions};
 use metrics_exporter_prometheus::PrometheusHandle;
 use parking_lot::Mutex;
-use ractor::{Actor, ActorRef};
+use ractor::{Actor, ActorCell, ActorRef};
 use shared::clock::{Clock, SystemClock};
 use shared::config::{AdapterConfig, BaseConfig, ClusterConfig, NodeConfig, TlsConfig};
 use shared::id::{NodeId, TenantId};
@@ -78,7 +78,7 @@ pub fn run(args: &NodeArgs) -> anyhow::Result<()> {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the async runtime")?;
-    runtime.block_on(serve(config, node))
+    runtime.block_on(async { start(config, node).await?.run().await })
 }
 
 fn log_to_stderr(json: bool) {
@@ -87,7 +87,22 @@ fn log_to_stderr(json: bool) {
     if json { builder.json().init() } else { builder.init() }
 }
 
-async fn serve(config: ClusterConfig, node: NodeConfig) -> anyhow::Result<()> {
+/// A node that serves.
+pub struct Running {
+    app: Arc<App>,
+    supervisor: ActorRef<SupervisorMsg>,
+    supervisor_end: JoinHandle<()>,
+    clients: Port,
+    admins: Port,
+    tls: Option<(RustlsConfig, TlsConfig)>,
+    metrics: PrometheusHandle,
+}
+
+/// Starts a node: when this returns, its ports answer.
+///
+/// # Errors
+/// With what could not be opened and why.
+pub async fn start(config: ClusterConfig, node: NodeConfig) -> anyhow::Result<Running> {
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
     let tls = match &config.tls {
         Some(tls) => Some(load_tls(tls).await?),
@@ -105,16 +120,42 @@ async fn serve(config: ClusterConfig, node: NodeConfig) -> anyhow::Result<()> {
         .await
         .map_err(|error| anyhow::anyhow!("start the node's actors: {error}"))?;
 
-    let client_router = gateway::router(Arc::clone(&app));
+    let client_router = gateway::router(Arc::clone(&app), app.config().clients.body_bytes);
     let admin_router =
         admin::router(Arc::new(Admin { app: Arc::clone(&app), key: admin_key, metrics: metrics.clone() }));
-    let clients = Port::open(http, tls.clone(), client_router);
-    let admins = Port::open(operators, tls.clone(), admin_router);
+    let bounds = Bounds::new(&app.config().clients);
+    let clients = Port::open(http, tls.clone(), bounds, client_router);
+    let admins = Port::open(operators, tls.clone(), bounds, admin_router);
     tracing::info!(node = %app.node().name, http = %clients.address, admin = %admins.address, tls = tls.is_some(), "node serves");
+    Ok(Running { app, supervisor, supervisor_end, clients, admins, tls, metrics })
+}
 
-    let end = wait_for_end(&app, tls, &metrics, supervisor_end).await;
-    stop(app, supervisor, clients, admins, end.is_ok()).await;
-    end
+impl Running {
+    /// Address of the client port.
+    pub fn http(&self) -> SocketAddr {
+        self.clients.address
+    }
+
+    /// Address of the admin port.
+    pub fn admin(&self) -> SocketAddr {
+        self.admins.address
+    }
+
+    /// The root of the node's actors.
+    pub fn supervisor(&self) -> ActorCell {
+        self.supervisor.get_cell()
+    }
+
+    /// Serves until a signal says otherwise or the actors give up, then stops the node.
+    ///
+    /// # Errors
+    /// When the actors gave up.
+    pub async fn run(self) -> anyhow::Result<()> {
+        let Self { app, supervisor, supervisor_end, clients, admins, tls, metrics } = self;
+        let end = wait_for_end(&app, tls, &metrics, supervisor_end).await;
+        stop(app, supervisor, clients, admins, end.is_ok()).await;
+        end
+    }
 }
 
 /// Everything behind the doors.
@@ -125,7 +166,7 @@ async fn open(config: ClusterConfig, node: NodeConfig, clock: Arc<dyn Clock>) ->
         RegistryOptions::load(&data.join("registry"), &data.join("cluster.key")).context("open the registry")?;
     let admin_key =
         AdminKey::load_or_create(&data.join("admin.key"), &options.cluster_key).context("open the admin key")?;
-    let registry = Registry::open(options, None).await.context("open the registry")?;
+    let registry = Registry::open(options).await.context("open the registry")?;
     let store = Store::open(&data.join("adapters"), config.adapters.disk_bytes).context("open the adapter store")?;
     let journal = Journal::open(&data.join("usage")).context("open the usage journal")?;
     let mut rooms = BTreeMap::new();
@@ -219,16 +260,15 @@ struct Port {
 }
 
 impl Port {
-    fn open(listener: TcpListener, tls: Option<(RustlsConfig, TlsConfig)>, router: axum::Router) -> Self {
+    fn open(
+        listener: TcpListener,
+        tls: Option<(RustlsConfig, TlsConfig)>,
+        bounds: Bounds,
+        router: axum::Router,
+    ) -> Self {
         let address = listener.local_addr().expect("a bound listener has an address");
         let handle = Handle::new();
-        let task = tokio::spawn(listen::serve(
-            listener,
-            tls.map(|(config, _)| config),
-            handle.clone(),
-            Bounds::default(),
-            router,
-        ));
+        let task = tokio::spawn(listen::serve(listener, tls.map(|(config, _)| config), handle.clone(), bounds, router));
         Self { address, handle, task }
     }
 
@@ -306,7 +346,10 @@ async fn stop(app: Arc<App>, supervisor: ActorRef<SupervisorMsg>, clients: Port,
     app.fail_running();
     clients.close(Duration::from_secs(1)).await;
     admins.close(Duration::from_secs(1)).await;
-    supervisor.stop(None);
+    // Before its children end, so that it does not take their end for a failure.
+    if let Err(error) = supervisor.stop_and_wait(None, None).await {
+        tracing::debug!(%error, "the actors had ended already");
+    }
     app.registry().stop().await;
     close_journal(app.journal().clone()).await;
     tracing::info!("node stopped");

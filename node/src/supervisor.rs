@@ -71,7 +71,10 @@ impl Actor for NodeSupervisor {
     ) -> Result<Self::State, ActorProcessingErr> {
         let mut state = SupervisorState { args, children: HashMap::new(), limiters: HashMap::new() };
         let names: Vec<BaseName> = state.args.rooms.iter().map(|room| room.name.clone()).collect();
-        state.start(Child::Registry, myself.get_cell()).await?;
+        match state.args.registry.link(myself.get_cell()) {
+            Some(id) => drop(state.children.insert(id, Child::Registry)),
+            None => state.start(Child::Registry, myself.get_cell()).await?,
+        }
         for name in names {
             for child in [Child::FairQueue(name.clone()), Child::AdapterCache(name.clone()), Child::BaseModel(name)] {
                 state.start(child, myself.get_cell()).await?;
@@ -91,9 +94,11 @@ impl Actor for NodeSupervisor {
             SupervisionEvent::ActorFailed(who, reason) => {
                 state.on_failed(who.get_id(), &reason.to_string(), myself.get_cell()).await
             }
-            SupervisionEvent::ActorTerminated(who, _, _) => {
-                state.children.remove(&who.get_id());
-                Ok(())
+            SupervisionEvent::ActorTerminated(who, last_state, reason) => {
+                // Its parts must be free before a new one starts: the registry's holds the writer.
+                drop(last_state);
+                let reason = reason.unwrap_or_else(|| "it ended without a reason".to_owned());
+                state.on_ended(who.get_id(), &reason, myself.get_cell()).await
             }
             SupervisionEvent::ActorStarted(_) | SupervisionEvent::ProcessGroupChanged(_) => Ok(()),
         }
@@ -115,6 +120,19 @@ impl SupervisorState {
         match self.limiters.entry(child.clone()).or_default().on_failure(self.args.clock.now()) {
             Verdict::Restart => self.start(child, myself).await,
             Verdict::Escalate => Err(format!("{child:?} fails again and again: {reason}").into()),
+        }
+    }
+
+    /// Only a base model whose queue is closed and drained ends in order while the supervisor runs.
+    async fn on_ended(&mut self, id: ActorId, reason: &str, myself: ActorCell) -> Result<(), ActorProcessingErr> {
+        match self.children.get(&id) {
+            Some(Child::BaseModel(name)) if self.room(name).queue.is_closed() => {
+                self.children.remove(&id);
+                Ok(())
+            }
+            Some(_) => self.on_failed(id, reason, myself).await,
+            // The one before a restart.
+            None => Ok(()),
         }
     }
 

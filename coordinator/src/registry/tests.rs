@@ -1,11 +1,13 @@
 //! Tests of the whole registry: handle, actor, writer, disk.
 
-use std::time::Duration;
+use ractor::{ActorProcessingErr, SupervisionEvent};
 
+use super::command::Action;
 use super::*;
-use crate::auth::AuthError;
+use crate::auth::{ApiKey, AuthError, KeyId, Scope};
 use crate::testing::{TestDir, spec};
 use shared::clock::{Clock, SystemClock};
+use shared::id::TenantId;
 
 fn run<T>(test: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
@@ -17,7 +19,21 @@ fn options(dir: &TestDir) -> RegistryOptions {
 }
 
 async fn open(dir: &TestDir) -> Registry {
-    Registry::open(options(dir), None).await.expect("opens")
+    Registry::open(options(dir)).await.expect("opens")
+}
+
+/// A created tenant and its key.
+struct Created {
+    applied: Applied,
+    key: ApiKey,
+    key_id: KeyId,
+}
+
+async fn create(registry: &Registry, tenant: &str, at_s: u64) -> Result<Created, RegistryError> {
+    let (key, record) = registry.secrets().api_key([Scope::Infer].into(), at_s, None);
+    let key_id = record.id;
+    let command = registry.secrets().create_tenant(spec(tenant), vec![record], at_s);
+    Ok(Created { applied: registry.apply(command).await?, key, key_id })
 }
 
 fn id(text: &str) -> TenantId {
@@ -29,7 +45,7 @@ fn an_acknowledged_command_is_visible_at_once_and_after_a_restart() {
     run(async {
         let dir = TestDir::new();
         let registry = open(&dir).await;
-        let created = registry.create_tenant(spec("acme"), 100).await.expect("creates");
+        let created = create(&registry, "acme", 100).await.expect("creates");
         let authed = registry.snapshot().authenticate(created.key.reveal(), 200).expect("valid at once");
         assert_eq!((authed.tenant().as_str(), authed.contract().epoch), ("acme", created.applied.epoch));
         registry.stop().await;
@@ -49,7 +65,7 @@ fn many_callers_at_once_each_get_their_own_answer() {
             .map(|i| {
                 let registry = registry.clone();
                 // Every name is asked for twice: exactly one of the two gets it.
-                tokio::spawn(async move { registry.create_tenant(spec(&format!("t{}", i / 2)), 100).await.map(drop) })
+                tokio::spawn(async move { create(&registry, &format!("t{}", i / 2), 100).await.map(drop) })
             })
             .collect();
         let (mut created, mut refused) = (0, 0);
@@ -73,7 +89,7 @@ fn subscribers_hear_of_a_revocation_before_the_caller_does() {
     run(async {
         let dir = TestDir::new();
         let registry = open(&dir).await;
-        let created = registry.create_tenant(spec("acme"), 100).await.expect("creates");
+        let created = create(&registry, "acme", 100).await.expect("creates");
         let mut changes = registry.subscribe();
         changes.mark_unchanged();
         let revoke = Action::RevokeKey { tenant: id("acme"), key_id: created.key_id, at_s: 150 };
@@ -89,7 +105,7 @@ fn deleting_a_tenant_makes_what_it_sealed_unreadable_for_ever() {
     run(async {
         let dir = TestDir::new();
         let registry = open(&dir).await;
-        registry.create_tenant(spec("acme"), 100).await.expect("creates");
+        create(&registry, "acme", 100).await.expect("creates");
         let content = b"adapter weights";
         let hash = shared::hash::ContentHash::of(content);
         let (sealed, wrapped) = {
@@ -101,7 +117,7 @@ fn deleting_a_tenant_makes_what_it_sealed_unreadable_for_ever() {
         registry.apply(Action::DeleteTenant { tenant: id("acme"), at_s: 150 }).await.expect("deletes");
         let file = std::fs::read(dir.0.join("registry.redb")).expect("reads");
         assert!(!file.windows(wrapped.len()).any(|window| window == wrapped.as_bytes()), "wrapped key still on disk");
-        registry.create_tenant(spec("acme"), 200).await.expect("creates anew");
+        create(&registry, "acme", 200).await.expect("creates anew");
         let snapshot = registry.snapshot();
         let view = snapshot.tenant(&id("acme")).expect("there");
         assert!(shared::seal::open(view.key(), &id("acme"), &hash, &sealed).is_err());
@@ -115,7 +131,7 @@ fn handles_survive_a_respawn_and_readers_never_stop() {
         let dir = TestDir::new();
         let registry = open(&dir).await;
         let clone = registry.clone();
-        registry.create_tenant(spec("acme"), 100).await.expect("creates");
+        create(&registry, "acme", 100).await.expect("creates");
         let first = registry.actor_id();
         registry.inner.actor.lock().expect("no panic").as_ref().expect("runs").kill();
         assert_eq!(clone.snapshot().n_tenants(), 1, "readers do not need the actor");
@@ -126,11 +142,77 @@ fn handles_survive_a_respawn_and_readers_never_stop() {
 }
 
 #[test]
+fn an_actor_that_ended_long_ago_is_replaced() {
+    run(async {
+        let dir = TestDir::new();
+        let registry = open(&dir).await;
+        create(&registry, "acme", 100).await.expect("creates");
+        let actor = registry.inner.actor.lock().expect("no panic").clone().expect("runs");
+        actor.kill_and_wait(None).await.expect("dies");
+        let back = tokio::time::timeout(Duration::from_secs(5), registry.respawn(None)).await;
+        back.expect("within a moment").expect("respawns");
+        registry.apply(Action::SuspendTenant { tenant: id("acme") }).await.expect("takes changes again");
+    });
+}
+
+/// Takes the registry over and starts it again whenever it ends, as a node's supervisor does.
+struct Supervisor;
+
+impl Actor for Supervisor {
+    type Msg = ();
+    type State = Registry;
+    type Arguments = Registry;
+
+    async fn pre_start(&self, myself: ActorRef<()>, registry: Registry) -> Result<Registry, ActorProcessingErr> {
+        registry.link(myself.get_cell()).ok_or("it has ended")?;
+        Ok(registry)
+    }
+
+    async fn handle_supervisor_evt(
+        &self,
+        myself: ActorRef<()>,
+        event: SupervisionEvent,
+        registry: &mut Registry,
+    ) -> Result<(), ActorProcessingErr> {
+        let has_ended = matches!(event, SupervisionEvent::ActorTerminated(..) | SupervisionEvent::ActorFailed(..));
+        // With it goes the state of the actor, which holds the writer.
+        drop(event);
+        if has_ended {
+            registry.respawn(Some(myself.get_cell())).await?;
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_supervisor_takes_the_actor_over_and_replaces_it_as_it_ends() {
+    run(async {
+        let dir = TestDir::new();
+        let registry = open(&dir).await;
+        create(&registry, "acme", 100).await.expect("creates");
+        let (supervisor, end) = Actor::spawn(None, Supervisor, registry.clone()).await.expect("starts");
+        for round in 0..20 {
+            let actor = registry.inner.actor.lock().expect("no panic").clone().expect("runs");
+            actor.kill_and_wait(None).await.expect("dies");
+            let is_back = async {
+                while registry.actor_id().is_none_or(|id| id == actor.get_id()) {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(5), is_back).await.unwrap_or_else(|_| panic!("round {round}"));
+            registry.apply(Action::SuspendTenant { tenant: id("acme") }).await.expect("takes changes again");
+        }
+        supervisor.stop(None);
+        end.await.expect("ends");
+    });
+}
+
+#[test]
 fn a_second_registry_on_the_directory_and_a_lost_cluster_key_are_refused_clearly() {
     run(async {
         let dir = TestDir::new();
         let registry = open(&dir).await;
-        let error = Registry::open(options(&dir), None).await.expect_err("in use").to_string();
+        let error = Registry::open(options(&dir)).await.expect_err("in use").to_string();
         assert!(error.contains("in use by another process"), "{error}");
         registry.stop().await;
         std::fs::remove_file(dir.0.join("cluster.key")).expect("removes");
@@ -162,8 +244,8 @@ fn ten_thousand_tenants_open_quickly() {
             let calls: Vec<_> = (0..500)
                 .map(|i| {
                     let registry = registry.clone();
-                    let spec = spec(&format!("tenant-{}", batch * 500 + i));
-                    tokio::spawn(async move { registry.create_tenant(spec, 100).await.map(drop) })
+                    let name = format!("tenant-{}", batch * 500 + i);
+                    tokio::spawn(async move { create(&registry, &name, 100).await.map(drop) })
                 })
                 .collect();
             for call in calls {

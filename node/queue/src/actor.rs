@@ -1,21 +1,20 @@
-//! `FairQueueActor`: the queue's timers, configuration and metrics.
+//! `FairQueueActor`: the queue's timer and metrics.
 //!
 //! Supervised by the node supervisor, which restarts it with the same [`Queue`]: the requests live in the
-//! queue, not in the actor, so a crash loses at most one tick of expiries, which the next tick finds. Its
-//! senders are the node's configuration and admin parts, a handful of messages a minute, so its mailbox needs
-//! no credit. It ends when it is stopped; the queue stays open until its owner closes it.
+//! queue, not in the actor, so a crash loses at most one tick of expiries, which the next tick finds. Only its
+//! own timer sends to it, so its mailbox needs no credit. It ends when it is stopped; the queue stays open until
+//! its owner closes it.
 
 use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
+use ractor::{Actor, ActorProcessingErr, ActorRef};
 use shared::clock::Clock;
 
-use crate::fair::QueueStats;
 use crate::handle::Queue;
-use crate::item::{FairConfig, Item};
+use crate::item::Item;
 use crate::metrics;
 
 /// Default time between ticks: a request that cannot be served in time learns it at most this much late.
@@ -28,10 +27,6 @@ const TICKS_PER_SAMPLE: u32 = 20;
 pub enum FairQueueMsg {
     /// Sent by its own timer: answer what expired, sample metrics.
     Tick,
-    /// Sent when the configuration changed.
-    Configure(FairConfig),
-    /// Sent by operators' tools that want numbers per tenant.
-    Stats(RpcReplyPort<QueueStats>),
 }
 
 /// Called with each request whose deadline passed in the queue, on the actor's task: it must not block.
@@ -95,11 +90,6 @@ impl<T: Send + 'static> Actor for FairQueueActor<T> {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             FairQueueMsg::Tick => state.on_tick(),
-            FairQueueMsg::Configure(config) => state.args.queue.configure(config),
-            FairQueueMsg::Stats(reply) => {
-                // An asker that stopped waiting is not an error.
-                let _ = reply.send(state.args.queue.stats(state.args.clock.now()));
-            }
         }
         Ok(())
     }
@@ -129,9 +119,10 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::*;
+    use crate::item::FairConfig;
 
     #[tokio::test]
-    async fn the_timer_answers_expired_requests_and_the_mailbox_answers_questions() {
+    async fn the_timer_answers_expired_requests_and_no_others() {
         let clock = ManualClock::default();
         let queue = Queue::new(FairConfig::default());
         let (expired, mut answered) = mpsc::unbounded_channel();
@@ -161,11 +152,8 @@ mod tests {
         let _long = queue.submit(now, item(2, 60), "long").expect("accepted");
         clock.advance(Duration::from_secs(2));
         assert_eq!(answered.recv().await, Some((RequestId(1), "short")));
-        let stats = ractor::call!(actor, FairQueueMsg::Stats).expect("answers");
+        let stats = queue.stats(clock.now());
         assert_eq!((stats.classes[0].waiting, stats.classes[0].oldest_wait), (1, Duration::from_secs(2)));
-        actor.cast(FairQueueMsg::Configure(FairConfig { waiting_max: 1, ..FairConfig::default() })).expect("runs");
-        ractor::call!(actor, FairQueueMsg::Stats).expect("configured before it answers");
-        assert!(queue.submit(clock.now(), item(3, 60), "refused").is_err());
         actor.stop(None);
         ended.await.expect("ends");
     }

@@ -2,9 +2,9 @@
 //! size and time, HTTP/2 streams, and how long a client may refuse to read. Called by the supervisor for the
 //! client port; the admin port uses it too. Certificates are the caller's business.
 
-use std::future::Future;
+use std::collections::HashMap;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -15,28 +15,39 @@ use axum_server::Handle;
 use axum_server::accept::Accept;
 use axum_server::tls_rustls::{RustlsAcceptor, RustlsConfig};
 use hyper_util::rt::TokioTimer;
+use parking_lot::Mutex;
+use shared::config::ClientsConfig;
+use shared::error::{ErrorKind, RequestError};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Sleep, sleep};
 
 use super::limits::STALL_MAX;
+use super::reply;
 
 /// Bounds of a listener.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
-    /// Connections open at once; more are closed at once. Each costs a file descriptor and up to 64 KiB.
+    /// Connections open at once; more are refused. Each costs a file descriptor and up to 64 KiB.
     pub connections_max: usize,
+    /// Of these, from one address.
+    pub per_address_max: usize,
     /// A client that takes no byte for this long is cut.
     pub stall: Duration,
     /// Request headers must be complete within this time; also how long an idle connection is kept.
     pub header_wait: Duration,
 }
 
-impl Default for Bounds {
-    fn default() -> Self {
-        // 4096 × 64 KiB is 256 MiB at the very worst; 30 s is longer than clients keep idle connections.
-        Self { connections_max: 4096, stall: STALL_MAX, header_wait: Duration::from_secs(30) }
+impl Bounds {
+    /// The configured numbers with the usual waits.
+    pub fn new(clients: &ClientsConfig) -> Self {
+        Self {
+            connections_max: clients.connections,
+            per_address_max: clients.connections_per_address,
+            stall: STALL_MAX,
+            // Longer than clients keep idle connections.
+            header_wait: Duration::from_secs(30),
+        }
     }
 }
 
@@ -60,7 +71,7 @@ pub async fn serve(
     router: Router,
 ) -> io::Result<()> {
     listener.set_nonblocking(true)?;
-    let guard = Guard { open: Arc::new(Semaphore::new(bounds.connections_max)), stall: bounds.stall };
+    let guard = Guard { open: Arc::default(), bounds, tls: tls.is_some() };
     let mut server = axum_server::from_tcp(listener)?.handle(handle);
     let http = server.http_builder();
     http.http1().timer(TokioTimer::new()).header_read_timeout(bounds.header_wait).max_buf_size(HEADER_BYTES_MAX);
@@ -77,11 +88,77 @@ pub async fn serve(
     }
 }
 
-/// Accepts connections up to a number and wraps them in [`Guarded`].
+/// Accepts connections up to a number, in all and per address, and wraps them in [`Guarded`].
 #[derive(Clone)]
 struct Guard {
-    open: Arc<Semaphore>,
-    stall: Duration,
+    open: Arc<Mutex<Open>>,
+    bounds: Bounds,
+    tls: bool,
+}
+
+/// Connections that are open.
+#[derive(Debug, Default)]
+struct Open {
+    n: usize,
+    by_address: HashMap<IpAddr, usize>,
+}
+
+/// One open connection; closed when dropped.
+struct Place {
+    open: Arc<Mutex<Open>>,
+    address: IpAddr,
+}
+
+/// What a connection over a bound gets on a plain port; within TLS nothing can be said before the handshake.
+fn refusal() -> String {
+    let message = "too many connections are open on this port or from this address; hint: reuse connections";
+    let error = RequestError::new(ErrorKind::Unavailable, "too_many_connections", message);
+    let body = serde_json::to_string(&reply::error_body(&error)).expect("strings are JSON");
+    format!(
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    )
+}
+
+impl Guard {
+    fn place(&self, address: IpAddr) -> Option<Place> {
+        let mut open = self.open.lock();
+        let of_address = open.by_address.get(&address).copied().unwrap_or_default();
+        if open.n >= self.bounds.connections_max || of_address >= self.bounds.per_address_max {
+            return None;
+        }
+        open.n += 1;
+        open.by_address.insert(address, of_address + 1);
+        Some(Place { open: Arc::clone(&self.open), address })
+    }
+
+    fn guarded(&self, stream: TcpStream) -> io::Result<Guarded> {
+        // A client that spells its IPv4 address as IPv6 is still the same one.
+        let address = stream.peer_addr()?.ip().to_canonical();
+        let Some(place) = self.place(address) else {
+            crate::metrics::connection_refused();
+            if !self.tls {
+                // The send buffer of a fresh connection holds it; if not, closing says enough.
+                let _ = stream.try_write(refusal().as_bytes());
+            }
+            return Err(io::Error::new(io::ErrorKind::ConnectionRefused, "too many connections"));
+        };
+        stream.set_nodelay(true)?;
+        Ok(Guarded { stream, stall: self.bounds.stall, waiting: None, _place: place })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut open = self.open.lock();
+        open.n -= 1;
+        if let Some(count) = open.by_address.get_mut(&self.address) {
+            *count -= 1;
+            if *count == 0 {
+                open.by_address.remove(&self.address);
+            }
+        }
+    }
 }
 
 impl<S> Accept<TcpStream, S> for Guard {
@@ -90,15 +167,7 @@ impl<S> Accept<TcpStream, S> for Guard {
     type Future = std::future::Ready<io::Result<(Guarded, S)>>;
 
     fn accept(&self, stream: TcpStream, service: S) -> Self::Future {
-        let permit = self.open.clone().try_acquire_owned().map_err(|_| {
-            crate::metrics::connection_refused();
-            io::Error::new(io::ErrorKind::ConnectionRefused, "too many connections")
-        });
-        let guarded = permit.and_then(|permit| {
-            stream.set_nodelay(true)?;
-            Ok((Guarded { stream, stall: self.stall, waiting: None, _permit: permit }, service))
-        });
-        std::future::ready(guarded)
+        std::future::ready(self.guarded(stream).map(|guarded| (guarded, service)))
     }
 }
 
@@ -108,7 +177,7 @@ struct Guarded {
     stall: Duration,
     /// Runs while a write waits.
     waiting: Option<Pin<Box<Sleep>>>,
-    _permit: OwnedSemaphorePermit,
+    _place: Place,
 }
 
 impl Guarded {

@@ -16,7 +16,7 @@ use super::answer::{self, Kind, Shape};
 use super::assemble::{Assembly, Ending, Progress};
 use super::auth::Caller;
 use super::backend::{Backend, ModelCard, Prepared, model_not_found};
-use super::body;
+use super::body::{self, BodyBudget};
 use super::flow::{Arrival, Flow};
 use super::limits::{Pace, TIMEOUT_MAX};
 use super::reply::{self, HttpRefusal};
@@ -95,7 +95,8 @@ async fn read<B: Backend>(
     pace: Pace,
 ) -> Result<(HeaderMap, Map<String, Value>), Box<Reply>> {
     let (parts, body) = request.into_parts();
-    let object = body::read_object(&parts.headers, body, pace.body_wait).await?;
+    let budget = parts.extensions.get::<BodyBudget>().expect("the router adds it to every request");
+    let object = body::read_object(&parts.headers, body, pace.body_wait, budget, backend.tenant(who)).await?;
     if names_other_tenant(&object, backend.tenant(who).as_str()) {
         backend.impersonation_refused(who);
         return Err(Box::new(reply::failed(&other_tenant())));

@@ -26,6 +26,9 @@ const HASTY: Pace = Pace {
     stall: Duration::from_millis(300),
 };
 
+/// Room for the bodies of a test.
+const BODY_BYTES: usize = 64 << 20;
+
 /// A response, read to its end.
 struct Answer {
     status: StatusCode,
@@ -52,7 +55,7 @@ impl Answer {
 }
 
 async fn call(fake: &Arc<Fake>, request: Request<Body>) -> Answer {
-    call_router(router(fake.clone()), request).await
+    call_router(router(fake.clone(), BODY_BYTES), request).await
 }
 
 async fn call_router(mut router: axum::Router, request: Request<Body>) -> Answer {

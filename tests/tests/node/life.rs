@@ -4,6 +4,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use serde_json::json;
+use shared::clock::{Clock, SystemClock};
+use tests::operator;
 use tests::process::{NodeProcess, NodeSpec, binary, scratch};
 use tests::tiny;
 
@@ -26,7 +28,7 @@ fn tenants_keys_and_adapters_survive_kill_nine() {
     let shown = node.ctl(&["tenant", "show", "acme"]);
     assert_eq!(shown["cost_center"], "emea");
     assert_eq!(shown["tasks"][0]["version"], "acme-support-tiny-v1.0.0");
-    let records = node.usage();
+    let records = node.usage_of(1);
     assert!(
         records.iter().any(|record| record["tenant"] == "acme" && record["delivered"] == json!([12])),
         "{records:?}"
@@ -79,6 +81,44 @@ fn a_stream_that_outlives_the_drain_time_is_told_and_billed() {
     let delivered: u64 =
         records[0]["delivered"].as_array().expect("per choice").iter().filter_map(|n| n.as_u64()).sum();
     assert!((1..8000).contains(&delivered), "{delivered}");
+}
+
+#[test]
+fn a_second_sigterm_ends_the_drain_at_once() {
+    let folder = scratch("twice-term");
+    // Far longer than the test may take.
+    let node = NodeProcess::start(&folder, &NodeSpec::tiny(&folder.join("model")).with("[cluster]\ndrain_s = 600"));
+    let key = node.tenant("acme", &[]);
+    let body = json!({"model": "tiny", "prompt": "count", "n": 8, "max_tokens": 1000, "ignore_eos": true, "stream": true, "logprobs": 20});
+    // Far more than are done before the second signal comes.
+    let readers: Vec<_> =
+        (0..60).map(|_| operator::start(node.http(), "/v1/completions", &key, &body.to_string())).collect();
+    let logged = |what: &str| {
+        let found = (0..200).any(|_| {
+            std::thread::sleep(Duration::from_millis(25));
+            node.log().contains(what)
+        });
+        assert!(found, "no {what:?} in the log:\n{}", node.log());
+    };
+    let begun = (0..200).any(|_| {
+        std::thread::sleep(Duration::from_millis(10));
+        operator::base_status(&node)["engine"]["sequences_running"] != 0
+    });
+    assert!(begun, "the request runs");
+    node.signal("TERM");
+    logged("node stops");
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(!node.log().contains("node stopped"), "the first signal waits for the request");
+    let second = SystemClock.now();
+    node.signal("TERM");
+    logged("second signal");
+    let mut node = node;
+    assert!(node.wait().success(), "{}", node.log());
+    assert!(second.elapsed() < Duration::from_secs(5), "{:?}", second.elapsed());
+    let records = node.usage();
+    // One that arrived after the first signal was refused and leaves none.
+    assert!(records.len() <= readers.len());
+    assert!(records.iter().any(|record| record["outcome"] == "failed"), "{records:?}");
 }
 
 #[test]

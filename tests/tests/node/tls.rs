@@ -12,13 +12,13 @@ use tests::tiny;
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
 /// A certificate authority: its own certificate as a PEM file, and what it signs with.
-struct Authority {
+pub(super) struct Authority {
     file: PathBuf,
     issuer: Issuer<'static, KeyPair>,
 }
 
 impl Authority {
-    fn new(folder: &Path, name: &str) -> Self {
+    pub(super) fn new(folder: &Path, name: &str) -> Self {
         let mut params = CertificateParams::new(Vec::new()).expect("no names");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.distinguished_name.push(rcgen::DnType::CommonName, name);
@@ -52,10 +52,10 @@ impl Authority {
 }
 
 /// A node with TLS. Killed when dropped.
-struct SecureNode {
+pub(super) struct SecureNode {
     child: Child,
     folder: PathBuf,
-    http: String,
+    pub(super) http: String,
     admin: String,
 }
 
@@ -67,7 +67,7 @@ impl Drop for SecureNode {
 }
 
 impl SecureNode {
-    fn start(folder: &Path, authority: &Authority) -> Self {
+    pub(super) fn start(folder: &Path, authority: &Authority) -> Self {
         authority.issue(folder);
         let free = || {
             let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback has ports");
@@ -121,7 +121,7 @@ impl SecureNode {
         std::fs::read_to_string(self.folder.join("node.log")).unwrap_or_default()
     }
 
-    fn run(&self, words: &[&str]) -> Output {
+    pub(super) fn run(&self, words: &[&str]) -> Output {
         Command::new(binary()).args(words).current_dir(&self.folder).output().expect("the program runs")
     }
 }

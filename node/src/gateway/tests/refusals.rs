@@ -111,7 +111,7 @@ async fn a_body_that_never_ends_is_cut() {
     let fake = Arc::new(Fake::saying("x"));
     let silent = stream::pending::<Result<Bytes, std::io::Error>>();
     let http = request(Method::POST, CHAT, Body::from_stream(silent));
-    let answer = call_router(router_paced(fake, HASTY), http).await;
+    let answer = call_router(router_paced(fake, HASTY, BODY_BYTES), http).await;
     assert_eq!((answer.status.as_u16(), error_of(&answer)["code"].as_str()), (408, Some("body_timeout")));
 }
 

@@ -14,6 +14,7 @@ use shared::token::{FinishReason, TokenEvent};
 
 use super::fake::{EOS, Fake, Script, emit, say};
 use super::*;
+use crate::gateway::limits::STALL_MAX;
 use crate::gateway::listen::{self, Bounds};
 
 #[tokio::test]
@@ -125,7 +126,7 @@ async fn a_failure_in_mid_stream_is_an_error_piece() {
 #[tokio::test]
 async fn silence_is_filled_with_comments() {
     let fake = Arc::new(Fake::new(|_| Script::EmitThenHang(vec![])));
-    let mut service = router_paced(fake.clone(), HASTY);
+    let mut service = router_paced(fake.clone(), HASTY, BODY_BYTES);
     let response =
         service.call(request(axum::http::Method::POST, CHAT, chat(json!({"stream": true})).to_string())).await;
     let mut body = response.expect("infallible").into_body();
@@ -142,7 +143,7 @@ async fn silence_is_filled_with_comments() {
 #[tokio::test]
 async fn a_client_that_reads_nothing_is_cut_and_its_request_ends() {
     let fake = Arc::new(Fake::new(|_| Script::Forever));
-    let mut service = router_paced(fake.clone(), HASTY);
+    let mut service = router_paced(fake.clone(), HASTY, BODY_BYTES);
     let response =
         service.call(request(axum::http::Method::POST, CHAT, chat(json!({"stream": true})).to_string())).await;
     let body = response.expect("infallible").into_body();
@@ -161,8 +162,12 @@ async fn until(so: impl Fn() -> bool) {
     panic!("never became true");
 }
 
+/// Bounds that no test reaches by accident.
+const BOUNDS: Bounds =
+    Bounds { connections_max: 4096, per_address_max: 4096, stall: STALL_MAX, header_wait: Duration::from_secs(30) };
+
 fn serve(fake: &Arc<Fake>, bounds: Bounds) -> SocketAddr {
-    serve_router(router(fake.clone()), bounds)
+    serve_router(router(fake.clone(), BODY_BYTES), bounds)
 }
 
 fn serve_router(router: axum::Router, bounds: Bounds) -> SocketAddr {
@@ -193,7 +198,7 @@ async fn a_client_that_hangs_up_ends_its_request() {
         events.truncate(2);
         Script::EmitThenHang(events)
     }));
-    let address = serve(&fake, Bounds::default());
+    let address = serve(&fake, BOUNDS);
     for (count, stream) in [(1, true), (2, false)] {
         let (head, body) = stream_request(&chat(json!({"stream": stream})));
         let mut socket = send(address, &head, &body);
@@ -214,8 +219,8 @@ async fn a_socket_that_takes_nothing_is_closed() {
     // Only the socket's own rule can fire here: the pump's is an hour away.
     let fake = Arc::new(Fake::new(|_| Script::Forever));
     let patient = Pace { stall: Duration::from_secs(3600), ..Pace::default() };
-    let bounds = Bounds { stall: Duration::from_millis(300), ..Bounds::default() };
-    let address = serve_router(router_paced(fake.clone(), patient), bounds);
+    let bounds = Bounds { stall: Duration::from_millis(300), ..BOUNDS };
+    let address = serve_router(router_paced(fake.clone(), patient, BODY_BYTES), bounds);
     let (head, body) = stream_request(&chat(json!({"stream": true})));
     let socket = send(address, &head, &body);
     until(|| fake.dropped.load(Ordering::SeqCst) == 1).await;
@@ -225,8 +230,7 @@ async fn a_socket_that_takes_nothing_is_closed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn sockets_refuse_floods() {
     let fake = Arc::new(Fake::saying("x"));
-    let address =
-        serve(&fake, Bounds { connections_max: 2, header_wait: Duration::from_millis(300), ..Bounds::default() });
+    let address = serve(&fake, Bounds { connections_max: 2, header_wait: Duration::from_millis(300), ..BOUNDS });
     let answer = |mut socket: TcpStream| {
         let mut text = Vec::new();
         let _ = socket.read_to_end(&mut text);
@@ -256,5 +260,69 @@ async fn sockets_refuse_floods() {
         drop(held);
         status
     });
-    assert_eq!(full.await.expect("joined"), "", "the third connection is closed at once");
+    assert_eq!(full.await.expect("joined"), "HTTP/1.1 503 Service Unavailable", "the third connection is told why");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_are_bounded_per_address() {
+    let fake = Arc::new(Fake::saying("x"));
+    let address = serve(&fake, Bounds { per_address_max: 2, ..BOUNDS });
+    let get = async |from: &str| {
+        let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+        socket.bind(from.parse().expect("an address")).expect("loopback");
+        let mut stream = socket.connect(address).await.expect("connects");
+        let ask = b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+        // A refused connection may already be closed.
+        let _ = tokio::io::AsyncWriteExt::write_all(&mut stream, ask).await;
+        let mut text = Vec::new();
+        let _ = tokio::io::AsyncReadExt::read_to_end(&mut stream, &mut text).await;
+        String::from_utf8_lossy(&text).into_owned()
+    };
+    assert!(get("127.0.0.1:0").await.starts_with("HTTP/1.1 200"));
+    let held: Vec<_> = (0..2).map(|_| TcpStream::connect(address).expect("connect")).collect();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let refused = get("127.0.0.1:0").await;
+    assert!(refused.starts_with("HTTP/1.1 503") && refused.contains("too_many_connections"), "{refused}");
+    assert!(get("127.0.0.2:0").await.starts_with("HTTP/1.1 200"), "another address is served");
+    drop(held);
+    for _ in 0..100 {
+        if get("127.0.0.1:0").await.starts_with("HTTP/1.1 200") {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("closed connections give their places back");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bodies_on_their_way_are_bounded_by_what_has_arrived() {
+    let fake = Arc::new(Fake::saying("x"));
+    // A quarter for one tenant: 64 KiB.
+    let address = serve_router(router_paced(fake.clone(), Pace::default(), 256 << 10), BOUNDS);
+    let head = |bytes: usize| {
+        format!(
+            "POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer acme-key\r\nconnection: close\r\ncontent-length: {bytes}"
+        )
+    };
+    let begin = move |claimed: usize, sent: usize| send(address, &head(claimed), &" ".repeat(sent));
+    let outcome = tokio::task::spawn_blocking(move || {
+        let claimed: Vec<_> = (0..8).map(|_| begin(1 << 20, 1)).collect();
+        let holding = begin(100 << 10, 60 << 10);
+        std::thread::sleep(Duration::from_millis(200));
+        let read = |mut socket: TcpStream| {
+            let mut text = Vec::new();
+            let _ = socket.read_to_end(&mut text);
+            String::from_utf8_lossy(&text).into_owned()
+        };
+        let over = read(begin(20 << 10, 20 << 10));
+        drop((holding, claimed));
+        std::thread::sleep(Duration::from_millis(200));
+        let body = chat(json!({"user": "u".repeat(20 << 10)})).to_string();
+        let after = read(send(address, &head(body.len()), &body));
+        (over, after)
+    });
+    let (over, after) = outcome.await.expect("joined");
+    assert!(over.starts_with("HTTP/1.1 429") && over.contains("too_many_bodies"), "{over}");
+    assert!(over.to_lowercase().contains("retry-after: 1"), "{over}");
+    assert!(after.starts_with("HTTP/1.1 200"), "{after}");
 }
