@@ -140,6 +140,25 @@ fn a_full_route_is_refused_with_a_hint_and_others_are_not() {
 }
 
 #[test]
+fn a_tenant_with_many_tasks_is_bounded_over_all_of_them() {
+    let mut b = Bench::new();
+    b.queue.configure(FairConfig { tenant_waiting_max: 6, ..FairConfig::default() });
+    let of_task = |b: &Bench, id: u128| {
+        let item = b.item(id, 0);
+        let task = Some(format!("task{id}").parse().expect("a task"));
+        Item { route: Route { task, ..item.route.clone() }, ..item }
+    };
+    for id in 0..6 {
+        b.submit(of_task(&b, id));
+    }
+    let refused = b.queue.submit(b.clock.now(), of_task(&b, 6), 6);
+    assert!(matches!(refused, Err(SubmitError::TenantFull { waiting: 6, limit: 6, .. })), "{refused:?}");
+    b.submit(b.item(20, 1));
+    assert!(b.next().is_some());
+    assert!(b.queue.submit(b.clock.now(), of_task(&b, 7), 7).is_ok(), "one left, one may come");
+}
+
+#[test]
 fn the_last_eighth_of_a_full_node_is_kept_for_newcomers() {
     let mut b = Bench::new();
     b.queue.configure(FairConfig { waiting_max: 80, ..FairConfig::default() });
