@@ -1,7 +1,10 @@
-//! Memory aligned to cache lines, so that a 64-byte vector load never crosses one. Holds the packed panels of
-//! `matrix`, the pairs of `lora` and the pages of `kv`; knows nothing of what is in it.
+//! Memory aligned to cache lines, so that a 64-byte vector load never crosses one: owned, or part of a mapped file.
+//! Holds the packed panels of `matrix`, the pairs of `lora` and the pages of `kv`; knows nothing of what is in it.
 
 use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
+use std::sync::Arc;
+
+use crate::mapping::Mapping;
 
 /// One cache line.
 #[derive(Clone, Copy)]
@@ -27,10 +30,22 @@ unsafe impl Plain for i32 {}
 // SAFETY: as above.
 unsafe impl Plain for f32 {}
 
-/// A zero-initialised buffer whose first byte starts a cache line.
-#[derive(Clone, Default)]
+/// A zero-initialised buffer, or a read-only part of a file, whose first byte starts a cache line.
+#[derive(Clone)]
 pub(crate) struct Aligned {
-    lines: Vec<Line>,
+    lines: Lines,
+}
+
+#[derive(Clone)]
+enum Lines {
+    Owned(Vec<Line>),
+    Mapped { file: Arc<Mapping>, first: usize, n: usize },
+}
+
+impl Default for Aligned {
+    fn default() -> Self {
+        Self { lines: Lines::Owned(Vec::new()) }
+    }
 }
 
 // === impl Aligned ===
@@ -54,36 +69,65 @@ impl Aligned {
             }
             Vec::from_raw_parts(ptr.cast::<Line>(), n_lines, n_lines)
         };
-        Self { lines }
+        Self { lines: Lines::Owned(lines) }
+    }
+
+    /// `bytes` of a mapped file from byte `at`, both whole lines; `None` when the file does not have them.
+    pub(crate) fn mapped(file: &Arc<Mapping>, at: usize, bytes: usize) -> Option<Self> {
+        let in_lines = at.is_multiple_of(64) && bytes.is_multiple_of(64);
+        let fits = at.checked_add(bytes).is_some_and(|end| end <= file.bytes().len());
+        (in_lines && fits)
+            .then(|| Self { lines: Lines::Mapped { file: Arc::clone(file), first: at / 64, n: bytes / 64 } })
+    }
+
+    fn lines(&self) -> &[Line] {
+        match &self.lines {
+            Lines::Owned(lines) => lines,
+            // SAFETY: a mapping starts at a page, the range was checked in `mapped`, and any bytes are a `Line`.
+            Lines::Mapped { file, first, n } => unsafe {
+                std::slice::from_raw_parts(file.bytes().as_ptr().cast::<Line>().add(*first), *n)
+            },
+        }
+    }
+
+    /// # Panics
+    /// When the memory belongs to a file.
+    fn lines_mut(&mut self) -> &mut Vec<Line> {
+        match &mut self.lines {
+            Lines::Owned(lines) => lines,
+            Lines::Mapped { .. } => unreachable!("nothing writes into packed weights"),
+        }
     }
 
     /// Makes room for at least `n` values; keeps what is there when it is enough already.
     pub(crate) fn grow<T: Plain>(&mut self, n: usize) {
-        let lines = (n * size_of::<T>()).div_ceil(64);
-        if self.lines.len() < lines {
-            self.lines.resize(lines, Line([0; 64]));
+        let n_lines = (n * size_of::<T>()).div_ceil(64);
+        let lines = self.lines_mut();
+        if lines.len() < n_lines {
+            lines.resize(n_lines, Line([0; 64]));
         }
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.lines.len() * 64
+        self.lines().len() * 64
     }
 
     /// The whole buffer as numbers.
     pub(crate) fn view<T: Plain>(&self) -> &[T] {
         // SAFETY: `Plain` types accept any bytes and are aligned by 64; the length covers whole lines only.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.bytes() / size_of::<T>()) }
+        unsafe { std::slice::from_raw_parts(self.lines().as_ptr().cast(), self.bytes() / size_of::<T>()) }
     }
 
     /// The whole buffer as numbers, writable.
     pub(crate) fn view_mut<T: Plain>(&mut self) -> &mut [T] {
+        let lines = self.lines_mut();
         // SAFETY: as in `view`, and the borrow is exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.bytes() / size_of::<T>()) }
+        unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * 64 / size_of::<T>()) }
     }
 
     /// Overwrites everything with zeros in a way the compiler may not leave out.
     pub(crate) fn clear(&mut self) {
-        for line in &mut self.lines {
+        for line in self.lines_mut() {
             // SAFETY: a valid, exclusive reference.
             unsafe { std::ptr::write_volatile(line, Line([0; 64])) };
         }

@@ -30,6 +30,7 @@ pub mod backend;
 pub mod pool;
 pub mod peak;
 mod aligned;
+pub mod mapping;
 mod simd;
 pub mod matrix;
 pub mod matmul;

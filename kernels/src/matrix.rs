@@ -7,11 +7,13 @@
 //! other. Made by the model's loaders, read by `matmul` and for embedding lookups.
 
 mod blocks;
+mod packed;
 
 use half::{bf16, f16};
 
 pub use self::blocks::BlockType;
 pub(crate) use self::blocks::{CodeForm, NEST};
+pub use self::packed::PACKED_LAYOUT;
 
 use self::blocks::Block;
 use crate::aligned::Aligned;
@@ -61,6 +63,12 @@ pub enum MatrixError {
         len: usize,
         /// Rows.
         n_out: usize,
+    },
+    /// No packed matrix stands in the file at this place.
+    #[error("there is no packed matrix at byte {at} of the file")]
+    Packed {
+        /// Place in the file.
+        at: usize,
     },
     /// A quantisation scale is infinite or not a number: the file is damaged.
     #[error("row {row} has a block whose scale is not finite")]
@@ -226,24 +234,35 @@ impl Matrix {
 
 impl Coded {
     fn zeros(form: CodeForm, n_panels: usize, n_in: usize) -> Self {
+        let [codes, high, scales, mins, sub_scales, sub_mins] =
+            Self::sizes(form, n_panels, n_in).map(Aligned::zeros::<u8>);
+        Self { form, codes, high, scales, mins, sub_scales, sub_mins }
+    }
+
+    /// Bytes of the six buffers, in the order of the fields.
+    fn sizes(form: CodeForm, n_panels: usize, n_in: usize) -> [usize; 6] {
         let n = n_panels * PANEL * n_in;
         let n_scales = n / if form.nested { NEST } else { form.group };
         let n_subs = if form.nested { n / form.group } else { 0 };
         let of_mins = |n| if form.has_min { n } else { 0 };
-        Self {
-            form,
-            codes: Aligned::zeros::<u8>(if form.bits == 8 { n } else { n / 2 }),
-            high: Aligned::zeros::<u8>(if form.bits == 8 { 0 } else { n / 8 * (form.bits as usize - 4) }),
-            scales: Aligned::zeros::<u16>(n_scales),
-            mins: Aligned::zeros::<u16>(of_mins(n_scales)),
-            sub_scales: Aligned::zeros::<u8>(n_subs),
-            sub_mins: Aligned::zeros::<u8>(of_mins(n_subs)),
-        }
+        [
+            if form.bits == 8 { n } else { n / 2 },
+            if form.bits == 8 { 0 } else { n / 8 * (form.bits as usize - 4) },
+            2 * n_scales,
+            2 * of_mins(n_scales),
+            n_subs,
+            of_mins(n_subs),
+        ]
+    }
+
+    /// The buffers, in the order of [`Coded::sizes`].
+    fn buffers(&self) -> [&Aligned; 6] {
+        let Self { form: _, codes, high, scales, mins, sub_scales, sub_mins } = self;
+        [codes, high, scales, mins, sub_scales, sub_mins]
     }
 
     fn bytes(&self) -> usize {
-        let Self { form: _, codes, high, scales, mins, sub_scales, sub_mins } = self;
-        [codes, high, scales, mins, sub_scales, sub_mins].into_iter().map(Aligned::bytes).sum()
+        self.buffers().into_iter().map(Aligned::bytes).sum()
     }
 
     /// Byte of the code, or of its low four bits, and how far to the left these are.

@@ -140,3 +140,45 @@ fn wrong_sizes_orders_and_scales_are_refused() {
     let error = Matrix::from_blocks(1, 32, BlockType::Q8_0, &damaged, None).unwrap_err();
     assert_eq!(error, MatrixError::NotFinite { row: 0 });
 }
+
+#[test]
+fn a_packed_matrix_comes_back_from_a_mapped_file_with_equal_values() {
+    let (n_out, n_in) = (21, 512);
+    let weights = Noise::new(3).values(n_out * n_in);
+    let mut matrices = vec![
+        Matrix::from_f32(n_out, n_in, &weights, None).unwrap(),
+        Matrix::from_bf16(n_out, n_in, &weights.iter().map(|&w| bf16::from_f32(w)).collect::<Vec<_>>(), None).unwrap(),
+        Matrix::from_f16(n_out, n_in, &weights.iter().map(|&w| f16::from_f32(w)).collect::<Vec<_>>(), None).unwrap(),
+    ];
+    for kind in BlockType::ALL {
+        let tensor = Tensor::from_vec(weights.clone(), (n_out, n_in), &Device::Cpu).unwrap();
+        let blocks = QTensor::quantize(&tensor, candle_dtype(kind)).unwrap();
+        matrices.push(Matrix::from_blocks(n_out, n_in, kind, &blocks.data().unwrap(), None).unwrap());
+    }
+    let path = std::env::temp_dir().join(format!("tenantry-packed-{}", std::process::id()));
+    let mut file = std::fs::File::create(&path).unwrap();
+    matrices.iter().for_each(|matrix| matrix.write_packed(&mut file).unwrap());
+    let whole = std::sync::Arc::new(crate::mapping::Mapping::open(&std::fs::File::open(&path).unwrap()).unwrap());
+    let mut at = 0;
+    for matrix in &matrices {
+        let (mapped, end) = Matrix::from_packed(&whole, at).unwrap();
+        let (mut expected, mut found) = (vec![0.0; n_in], vec![0.0; n_in]);
+        for i in 0..n_out {
+            matrix.row(i, &mut expected);
+            mapped.row(i, &mut found);
+            assert_eq!(expected, found, "row {i}");
+        }
+        at = end;
+    }
+    assert_eq!(at, whole.bytes().len());
+    assert!(matches!(Matrix::from_packed(&whole, at), Err(MatrixError::Packed { .. })), "the end is no matrix");
+    let short = &whole.bytes()[..at - 64];
+    std::fs::write(path.with_extension("short"), short).unwrap();
+    let cut = std::fs::File::open(path.with_extension("short")).unwrap();
+    let cut = std::sync::Arc::new(crate::mapping::Mapping::open(&cut).unwrap());
+    let last = at - matrices.last().unwrap().bytes() - 64;
+    assert!(matches!(Matrix::from_packed(&cut, last), Err(MatrixError::Packed { .. })), "cut off");
+    for name in [path.clone(), path.with_extension("short")] {
+        std::fs::remove_file(name).unwrap();
+    }
+}
