@@ -63,6 +63,8 @@ pub struct BaseConfig {
     pub path: PathBuf,
     /// True for f32 activations and KV, false for int8 and f16.
     pub exact: bool,
+    /// Folder for a packed copy of the weights.
+    pub panels: Option<PathBuf>,
     /// Other names under which adapters may declare this base.
     pub aliases: Vec<String>,
 }
@@ -327,7 +329,14 @@ impl Checker<'_> {
                     ));
                 }
             };
-            checked.push(BaseConfig { name: base.name, path: self.resolve(&base.path), exact, aliases: base.aliases });
+            let panels = Some(&base.panels).filter(|folder| !folder.as_os_str().is_empty());
+            checked.push(BaseConfig {
+                name: base.name,
+                path: self.resolve(&base.path),
+                exact,
+                panels: panels.map(|folder| self.resolve(folder)),
+                aliases: base.aliases,
+            });
         }
         Ok(checked)
     }

@@ -20,6 +20,8 @@ pub struct NodeSpec {
     pub aliases: &'static [&'static str],
     /// `fast` or `exact`.
     pub numerics: &'static str,
+    /// Folder for the packed copy of the base; throw-away models have none.
+    pub panels: &'static str,
     /// Further lines of the cluster file: whole tables.
     pub tables: String,
 }
@@ -32,13 +34,14 @@ impl NodeSpec {
             base: "smollm2",
             aliases: &["SmolLM2-135M-Instruct"],
             numerics: "fast",
+            panels: "~/.cache/tenantry/panels",
             tables: String::new(),
         }
     }
 
     /// A node with a generated tiny model in `folder`.
     pub fn tiny(folder: &Path) -> Self {
-        Self { model: crate::tiny::model(folder), base: "tiny", aliases: &[], numerics: "exact", tables: String::new() }
+        Self { model: crate::tiny::model(folder), base: "tiny", aliases: &[], numerics: "exact", panels: "", tables: String::new() }
     }
 
     /// Adds tables to the cluster file, such as `"[adapters]\nslots = 4"`.
@@ -118,8 +121,9 @@ impl NodeProcess {
     /// Starts a node in `folder` and waits until it is ready.
     pub fn start(folder: &Path, spec: &NodeSpec) -> Self {
         let (http, admin) = (free_address(), free_address());
+        let panels = spec.panels;
         let config = format!(
-            "{}\n[[nodes]]\nname = \"a\"\nhttp = \"{http}\"\nadmin = \"{admin}\"\ndata = \"data\"\n\n[[bases]]\nname = \"{}\"\npath = \"{}\"\naliases = {:?}\nnumerics = \"{}\"\n",
+            "{}\n[[nodes]]\nname = \"a\"\nhttp = \"{http}\"\nadmin = \"{admin}\"\ndata = \"data\"\n\n[[bases]]\nname = \"{}\"\npath = \"{}\"\npanels = \"{panels}\"\naliases = {:?}\nnumerics = \"{}\"\n",
             spec.tables,
             spec.base,
             spec.model.display(),

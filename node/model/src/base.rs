@@ -9,6 +9,7 @@
 pub(crate) mod assemble;
 pub(crate) mod family;
 mod hash;
+pub(crate) mod panels;
 
 use std::path::Path;
 
@@ -115,7 +116,17 @@ impl BaseModel {
     /// # Errors
     /// Names the first thing that is missing, damaged or not supported.
     pub fn load(path: &Path, numerics: Numerics) -> Result<Self, LoadError> {
-        let model = if path.is_dir() { crate::hf::load(path, numerics) } else { crate::gguf::load(path, numerics) }?;
+        Self::load_shared(path, numerics, None)
+    }
+
+    /// As [`BaseModel::load`], with the packed weights in a file in the folder `panels`, from which the next load maps
+    /// them.
+    ///
+    /// # Errors
+    /// As [`BaseModel::load`].
+    pub fn load_shared(path: &Path, numerics: Numerics, panels: Option<&Path>) -> Result<Self, LoadError> {
+        let load = if path.is_dir() { crate::hf::load } else { crate::gguf::load };
+        let model = load(path, numerics, panels)?;
         let (rows, tokens) = (model.info.vocab, model.tokenizer.vocab_size());
         if tokens > rows {
             return Err(LoadError::Config {

@@ -14,8 +14,10 @@ use std::fs::File;
 use std::io::{BufReader, Seek};
 use std::path::{Path, PathBuf};
 
+use shared::hash::ContentHash;
+
 use crate::base::assemble::{self, Naming};
-use crate::base::{BaseModel, LoadError, family, hash_files};
+use crate::base::{BaseModel, LoadError, family, hash_files, panels};
 use crate::info::Numerics;
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
@@ -30,24 +32,23 @@ const ROPE_FREQS: &str = "rope_freqs.weight";
 ///
 /// # Errors
 /// Names the first thing that is missing, damaged or not supported.
-pub(crate) fn load(path: &Path, numerics: Numerics) -> Result<BaseModel, LoadError> {
+pub(crate) fn load(path: &Path, numerics: Numerics, panels: Option<&Path>) -> Result<BaseModel, LoadError> {
     let unreadable = |error: std::io::Error| LoadError::read(path, &error);
     let mut file = File::open(path).map_err(unreadable)?;
     let file_bytes = file.metadata().map_err(unreadable)?.len();
     let header = check::read(BufReader::new(&mut file), file_bytes, &Limits::BASE)?;
     file.rewind().map_err(unreadable)?;
-    // The hash reads the file a second time, from the page cache, while this thread unpacks it.
-    let files = [PathBuf::from(path)];
-    std::thread::scope(|scope| {
-        let hash = scope.spawn(|| hash_files(&files));
-        let mut model = load_checked(file, &header, numerics)?;
-        let hash = hash.join().map_err(|_| LoadError::read(path, &"hashing failed"))?;
-        model.info.hash = hash.map_err(unreadable)?;
-        Ok(model)
-    })
+    let hash = hash_files(&[PathBuf::from(path)]).map_err(unreadable)?;
+    load_checked(file, &header, hash, numerics, panels)
 }
 
-fn load_checked(file: File, header: &GgufFile, numerics: Numerics) -> Result<BaseModel, LoadError> {
+fn load_checked(
+    file: File,
+    header: &GgufFile,
+    hash: ContentHash,
+    numerics: Numerics,
+    panels: Option<&Path>,
+) -> Result<BaseModel, LoadError> {
     if header.text("general.type").is_some_and(|kind| kind != "model") {
         let found = header.text("general.type").unwrap_or_default();
         return Err(LoadError::unsupported("general.type", found, "a base model; adapters belong to tenants"));
@@ -55,6 +56,7 @@ fn load_checked(file: File, header: &GgufFile, numerics: Numerics) -> Result<Bas
     let rules = family::of_gguf(header)?;
     let tokenizer = Tokenizer::from_gguf(header)?;
     let mut info = facts::model_info(header, rules, &tokenizer, numerics)?;
+    info.hash = hash;
     let tied = header.tensor(Naming::Gguf.head()).is_none();
     let shapes = header.tensors().iter().map(|tensor| {
         let slowest_first: Vec<usize> = tensor.dims.iter().rev().copied().collect();
@@ -65,7 +67,9 @@ fn load_checked(file: File, header: &GgufFile, numerics: Numerics) -> Result<Bas
     if header.tensor(ROPE_FREQS).is_some() {
         facts::apply_rope_freqs(&mut info, &mut tensors)?;
     }
-    let weights = assemble::weights(&info, rules, Naming::Gguf, tied, &mut tensors)?;
+    let weights = panels::weights(panels, &hash, &mut tensors, |source| {
+        assemble::weights(&info, rules, Naming::Gguf, tied, source)
+    })?;
     let template = match header.text("tokenizer.chat_template") {
         Some(source) => Some(template(source, &info, &tokenizer)?),
         None => None,

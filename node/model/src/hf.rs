@@ -13,10 +13,11 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use crate::base::assemble::{self, Naming};
-use crate::base::{BaseModel, LoadError, hash_files};
-use crate::info::Numerics;
+use crate::base::{BaseModel, LoadError, hash_files, panels};
+use crate::info::{ModelInfo, Numerics};
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
+use crate::weights::Weights;
 
 use self::facts::Configs;
 use self::tensors::Shards;
@@ -28,7 +29,7 @@ const TEXT_BYTES_MAX: u64 = 16 << 20;
 ///
 /// # Errors
 /// Names the first thing that is missing, damaged or not supported.
-pub(crate) fn load(path: &Path, numerics: Numerics) -> Result<BaseModel, LoadError> {
+pub(crate) fn load(path: &Path, numerics: Numerics, panels: Option<&Path>) -> Result<BaseModel, LoadError> {
     let configs = Configs {
         model: need_json(&path.join("config.json"))?,
         tokenizer: read_json(&path.join("tokenizer_config.json"))?.unwrap_or(Value::Null),
@@ -36,35 +37,32 @@ pub(crate) fn load(path: &Path, numerics: Numerics) -> Result<BaseModel, LoadErr
     };
     let shards = Shards::open(path)?;
     let tokenizer = Tokenizer::from_json(&path.join("tokenizer.json"))?;
-    let files = hashed_files(path, &shards);
-    std::thread::scope(|scope| {
-        let hash = scope.spawn(|| hash_files(&files));
-        let mut model = load_checked(path, &configs, shards, tokenizer, numerics)?;
-        let hash = hash.join().map_err(|_| LoadError::read(path, &"hashing failed"))?;
-        model.info.hash = hash.map_err(|error| LoadError::read(path, &error))?;
-        Ok(model)
-    })
-}
-
-fn load_checked(
-    path: &Path,
-    configs: &Configs,
-    mut shards: Shards,
-    tokenizer: Tokenizer,
-    numerics: Numerics,
-) -> Result<BaseModel, LoadError> {
+    let hash = hash_files(&hashed_files(path, &shards)).map_err(|error| LoadError::read(path, &error))?;
     let rules = configs.family()?;
-    let info = configs.model_info(rules, &tokenizer, numerics)?;
-    let tied = configs.model["tie_word_embeddings"].as_bool().unwrap_or(false);
-    // A tied model may store its head a second time; old Llama files store the rotary frequencies.
-    let ignored = |name: &str| name.ends_with(".rotary_emb.inv_freq") || (tied && name == Naming::HuggingFace.head());
-    assemble::check_tensors(&info, rules, Naming::HuggingFace, tied, shards.shapes(), ignored)?;
-    let weights = assemble::weights(&info, rules, Naming::HuggingFace, tied, &mut shards)?;
+    let mut info = configs.model_info(rules, &tokenizer, numerics)?;
+    info.hash = hash;
+    let weights = read_weights(&configs, &info, shards, panels)?;
     let template = match template_source(path, &configs.tokenizer)? {
         Some(source) => Some(template(&source, &configs.tokenizer)?),
         None => None,
     };
     Ok(BaseModel { info, weights, tokenizer, template })
+}
+
+fn read_weights(
+    configs: &Configs,
+    info: &ModelInfo,
+    mut shards: Shards,
+    panels: Option<&Path>,
+) -> Result<Weights, LoadError> {
+    let rules = configs.family()?;
+    let tied = configs.model["tie_word_embeddings"].as_bool().unwrap_or(false);
+    // A tied model may store its head a second time; old Llama files store the rotary frequencies.
+    let ignored = |name: &str| name.ends_with(".rotary_emb.inv_freq") || (tied && name == Naming::HuggingFace.head());
+    assemble::check_tensors(info, rules, Naming::HuggingFace, tied, shards.shapes(), ignored)?;
+    panels::weights(panels, &info.hash, &mut shards, |source| {
+        assemble::weights(info, rules, Naming::HuggingFace, tied, source)
+    })
 }
 
 /// The file of its own comes first, as in transformers; of several named templates the default one.

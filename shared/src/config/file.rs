@@ -85,6 +85,9 @@ pub struct Base {
     /// `fast` or `exact`.
     #[serde(default = "fast")]
     pub numerics: String,
+    /// Folder for a packed copy of the weights, shared by the processes of a machine; empty for none.
+    #[serde(default = "panels")]
+    pub panels: PathBuf,
     /// Other names under which adapters may declare this base.
     #[serde(default)]
     pub aliases: Vec<String>,
@@ -92,6 +95,10 @@ pub struct Base {
 
 fn fast() -> String {
     "fast".into()
+}
+
+fn panels() -> PathBuf {
+    "~/.cache/tenantry/panels".into()
 }
 
 /// `[engine]`

@@ -368,3 +368,35 @@ fn shards_are_read_and_damage_is_refused() {
     assert!(BaseModel::load(&folder.0, Numerics::Exact).unwrap_err().to_string().contains("plain name"));
     assert!(BaseModel::load(Path::new("/nonexistent/model"), Numerics::Exact).is_err());
 }
+
+#[test]
+fn a_packed_copy_gives_the_same_weights_and_is_renewed_when_damaged() {
+    let folder = Folder::new("panels");
+    let mut file = gguf_head("llama");
+    gguf_tensors(&mut file, "llama", "");
+    let model = folder.write("model.gguf", file.finish());
+    let panels = folder.0.join("panels");
+    let load = |panels: Option<&Path>| BaseModel::load_shared(&model, Numerics::Exact, panels).expect("loads");
+    let all_rows = |model: &BaseModel| -> Vec<Vec<f32>> {
+        (0..LAYERS).flat_map(|layer| Linear::ALL.map(|linear| rows(model, layer, linear))).collect()
+    };
+    let expected = all_rows(&load(None));
+    let copies = || std::fs::read_dir(&panels).expect("a folder").map(|entry| entry.expect("an entry").path());
+    for round in ["written", "mapped"] {
+        assert_eq!(all_rows(&load(Some(&panels))), expected, "{round}");
+        assert_eq!(copies().count(), 1, "one file, nothing half-written");
+    }
+    let copy = copies().next().expect("the copy");
+    let good = std::fs::read(&copy).expect("a file");
+    let mut flipped = good.clone();
+    flipped[200] ^= 1;
+    for damaged in [&flipped[..], &good[..good.len() - 64], &good[..10], &[]] {
+        // Renamed into place: a mapped file must not change.
+        std::fs::write(folder.0.join("damaged"), damaged).expect("writable");
+        std::fs::rename(folder.0.join("damaged"), &copy).expect("same disk");
+        assert_eq!(all_rows(&load(Some(&panels))), expected, "{} bytes", damaged.len());
+        assert_eq!(std::fs::read(&copy).expect("a file"), good, "renewed");
+    }
+    let no_folder = folder.write("a-file", "");
+    assert_eq!(all_rows(&load(Some(&no_folder))), expected, "a copy that cannot be written is done without");
+}
