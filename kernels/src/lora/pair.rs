@@ -7,7 +7,7 @@
 
 use half::{bf16, f16};
 
-use crate::aligned::Aligned;
+use crate::aligned::{Aligned, Plain};
 use crate::matrix::PANEL;
 
 /// Largest rank accepted.
@@ -87,37 +87,76 @@ impl LoraPair {
         dtype: LoraDtype,
         row_scale: Option<Vec<f32>>,
     ) -> Result<Self, LoraError> {
-        if rank == 0 || rank > RANK_MAX {
-            return Err(LoraError::Rank { rank });
-        }
-        let sizes = n_in.checked_mul(2 * RANK_MAX * 4).zip(n_out.checked_mul(2 * RANK_MAX * 4));
-        if n_in == 0 || n_out == 0 || sizes.is_none() {
-            return Err(LoraError::Shape { n_out, n_in });
-        }
+        check_shape(rank, n_in, n_out)?;
         expect_length("matrix A", rank * n_in, a.len())?;
         expect_length("matrix B", n_out * rank, b.len())?;
         if let Some(row_scale) = &row_scale {
             expect_length("the row scale", n_out, row_scale.len())?;
         }
+        let mut pair = Self::zeros(rank, n_in, n_out, scale, dtype, row_scale);
+        match dtype {
+            LoraDtype::F32 => pair.fill::<f32, f32>(a, b, |value| value),
+            LoraDtype::F16 => pair.fill::<f32, u16>(a, b, |value| f16::from_f32(value).to_bits()),
+            LoraDtype::BF16 => pair.fill::<f32, u16>(a, b, |value| bf16::from_f32(value).to_bits()),
+        }
+        Ok(pair)
+    }
+
+    /// As [`LoraPair::new`], from the little-endian values of a file in the dtype they are kept in.
+    ///
+    /// # Errors
+    /// When the rank is out of range or a length does not fit.
+    pub fn from_le_bytes(
+        rank: usize,
+        n_in: usize,
+        n_out: usize,
+        a: &[u8],
+        b: &[u8],
+        scale: f32,
+        dtype: LoraDtype,
+    ) -> Result<Self, LoraError> {
+        check_shape(rank, n_in, n_out)?;
+        let size = if dtype == LoraDtype::F32 { 4 } else { 2 };
+        expect_length("the bytes of matrix A", rank * n_in * size, a.len())?;
+        expect_length("the bytes of matrix B", n_out * rank * size, b.len())?;
+        let mut pair = Self::zeros(rank, n_in, n_out, scale, dtype, None);
+        match dtype {
+            LoraDtype::F32 => pair.fill::<[u8; 4], f32>(a.as_chunks().0, b.as_chunks().0, f32::from_le_bytes),
+            LoraDtype::F16 | LoraDtype::BF16 => {
+                pair.fill::<[u8; 2], u16>(a.as_chunks().0, b.as_chunks().0, u16::from_le_bytes);
+            }
+        }
+        Ok(pair)
+    }
+
+    fn zeros(
+        rank: usize,
+        n_in: usize,
+        n_out: usize,
+        scale: f32,
+        dtype: LoraDtype,
+        row_scale: Option<Vec<f32>>,
+    ) -> Self {
         let mut pair =
             Self { rank, n_in, n_out, scale, dtype, a: Aligned::default(), b: Aligned::default(), row_scale };
         let n_a = pair.rank_panels() * pair.steps() * PANEL;
         let n_b = n_out.div_ceil(PANEL) * rank * PANEL;
         let of = |n| if dtype == LoraDtype::F32 { Aligned::zeros::<f32>(n) } else { Aligned::zeros::<u16>(n) };
         (pair.a, pair.b) = (of(n_a), of(n_b));
-        for (r, row) in a.chunks_exact(n_in).enumerate() {
-            for (k, &value) in row.iter().enumerate() {
-                let at = pair.a_at(r, k);
-                put(&mut pair.a, dtype, at, value);
-            }
+        pair
+    }
+
+    /// Packs both matrices: each panel is a transpose of at most 16 rows.
+    fn fill<S: Copy, T: Plain>(&mut self, a: &[S], b: &[S], read: impl Fn(S) -> T + Copy) {
+        let (rank, n_in, width, steps) = (self.rank, self.n_in, self.width(), self.steps());
+        let panels = self.a.view_mut::<T>().chunks_exact_mut(steps * PANEL);
+        for (rows, panel) in a.chunks(PANEL * n_in).zip(panels) {
+            transpose(rows, n_in, panel, width, read);
         }
-        for (column, row) in b.chunks_exact(rank).enumerate() {
-            for (r, &value) in row.iter().enumerate() {
-                let at = (column / PANEL * rank + r) * PANEL + column % PANEL;
-                put(&mut pair.b, dtype, at, value);
-            }
+        let panels = self.b.view_mut::<T>().chunks_exact_mut(rank * PANEL);
+        for (rows, panel) in b.chunks(PANEL * rank).zip(panels) {
+            transpose(rows, rank, panel, PANEL, read);
         }
-        Ok(pair)
     }
 
     /// Rank.
@@ -156,6 +195,7 @@ impl LoraPair {
     }
 
     /// Where A's row `r`, column `k` lies.
+    #[cfg(test)]
     pub(super) fn a_at(&self, r: usize, k: usize) -> usize {
         let inputs = PANEL / self.width();
         (r / PANEL * self.steps() + k / inputs) * PANEL + k % inputs * self.width() + r % PANEL
@@ -182,12 +222,22 @@ impl Drop for LoraPair {
     }
 }
 
-fn put(to: &mut Aligned, dtype: LoraDtype, at: usize, value: f32) {
-    match dtype {
-        LoraDtype::F32 => to.view_mut::<f32>()[at] = value,
-        LoraDtype::F16 => to.view_mut::<u16>()[at] = f16::from_f32(value).to_bits(),
-        LoraDtype::BF16 => to.view_mut::<u16>()[at] = bf16::from_f32(value).to_bits(),
+/// `to[c * stride + r] = from[r * n_cols + c]`.
+fn transpose<S: Copy, T: Copy>(from: &[S], n_cols: usize, to: &mut [T], stride: usize, read: impl Fn(S) -> T) {
+    for (r, row) in from.chunks_exact(n_cols).enumerate() {
+        for (slot, &value) in to.chunks_exact_mut(stride).zip(row) {
+            slot[r] = read(value);
+        }
     }
+}
+
+/// Sizes that pass do not overflow, nor do they padded.
+fn check_shape(rank: usize, n_in: usize, n_out: usize) -> Result<(), LoraError> {
+    if rank == 0 || rank > RANK_MAX {
+        return Err(LoraError::Rank { rank });
+    }
+    let sizes = n_in.checked_mul(2 * RANK_MAX * 4).zip(n_out.checked_mul(2 * RANK_MAX * 4));
+    if n_in == 0 || n_out == 0 || sizes.is_none() { Err(LoraError::Shape { n_out, n_in }) } else { Ok(()) }
 }
 
 fn expect_length(what: &'static str, expected: usize, got: usize) -> Result<(), LoraError> {
