@@ -4,6 +4,7 @@
 //! the registry's published snapshot, rates from one short lock, turns from the queue's.
 
 mod encode;
+mod change;
 pub mod upload;
 
 use std::collections::BTreeMap;
@@ -11,19 +12,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use adapters::{Store, Warmth};
+use adapters::Store;
 use coordinator::admission::{Admission, Demand, RateStatus, Reservation};
 use coordinator::auth::{AuthError, AuthedTenant, Scope};
 use coordinator::registry::Registry;
-use coordinator::registry::command::Event;
 use coordinator::resolve::{Target, resolve, visible_models};
 use parking_lot::Mutex;
 use queue::{Item, Ticket};
 use scheduler::source::CancelFlag;
+use shared::adapter::Residency;
 use shared::clock::Clock;
 use shared::config::{ClusterConfig, NodeConfig};
 use shared::error::{ErrorKind, RequestError};
-use shared::hash::ContentHash;
 use shared::id::{BaseName, Route, TenantId};
 use shared::request::{Envelope, Generation};
 use shared::tenant::TenantContract;
@@ -59,6 +59,10 @@ pub struct App {
     stop: watch::Sender<bool>,
     /// Places for encoding long inputs and compiling grammars, so that they never crowd out the engine.
     encoding: Semaphore,
+    /// Places for checking uploads, each of which holds a whole file in memory.
+    checking: Semaphore,
+    /// Held from the change of an adapter's name to that of its file, so that two changes never cross.
+    changing: tokio::sync::Mutex<()>,
 }
 
 /// The parts an [`App`] is made of.
@@ -86,8 +90,23 @@ impl App {
     pub fn new(parts: AppParts) -> Self {
         let AppParts { config, node, clock, registry, rooms, store, journal } = parts;
         let (draining, encoding) = (AtomicBool::new(false), Semaphore::new(ENCODING_AT_ONCE));
+        let (checking, changing) = (Semaphore::new(upload::CHECKED_AT_ONCE), tokio::sync::Mutex::default());
         let (admission, stop) = (Arc::default(), watch::Sender::new(false));
-        Self { config, node, clock, registry, admission, rooms, store, journal, draining, stop, encoding }
+        Self {
+            config,
+            node,
+            clock,
+            registry,
+            admission,
+            rooms,
+            store,
+            journal,
+            draining,
+            stop,
+            encoding,
+            checking,
+            changing,
+        }
     }
 
     /// Cluster configuration.
@@ -144,54 +163,6 @@ impl App {
     pub fn n_in_flight(&self) -> u64 {
         let of = |room: &Arc<BaseRoom>| room.queue.n_waiting() as u64 + room.stats.load().snapshot().requests;
         self.rooms.values().map(of).sum()
-    }
-
-    /// What the rest of the node does about a change of the registry.
-    pub fn on_registry_event(&self, event: &Event) {
-        match event {
-            Event::TenantDeleted { tenant, adapters } => {
-                self.admission.lock().forget(tenant);
-                self.rooms.values().for_each(|room| room.erase(tenant));
-                adapters.iter().for_each(|hash| self.delete_adapter(tenant, hash));
-            }
-            Event::AdapterVersionRemoved { name, hash, still_used: false } => self.delete_adapter(&name.client, hash),
-            _ => {}
-        }
-    }
-
-    /// Deletes a tenant's copy of an adapter. Its memory goes too, unless another tenant has the same bytes: the
-    /// cache goes by content, and what one tenant deletes must not be noticed by another.
-    fn delete_adapter(&self, tenant: &TenantId, hash: &ContentHash) {
-        let snapshot = self.registry.snapshot();
-        let heir = snapshot.tenants().into_iter().find(|other| {
-            *other.record().tenant() != *tenant && other.record().adapters.values().any(|stored| stored.hash == *hash)
-        });
-        match &heir {
-            Some(heir) => self.rooms.values().for_each(|room| room.cache.stored(hash, heir.record().tenant())),
-            None => self.rooms.values().for_each(|room| room.cache.forget(hash)),
-        }
-        self.delete_object(tenant, hash);
-        if let Some(heir) = heir {
-            // Once more: a load that began in between may have met the deleted copy.
-            self.rooms.values().for_each(|room| room.cache.stored(hash, heir.record().tenant()));
-        }
-    }
-
-    /// Takes back an upload that the registry refused, unless the tenant has the same bytes under another name.
-    pub fn delete_unless_used(&self, tenant: &TenantId, hash: &ContentHash) {
-        let snapshot = self.registry.snapshot();
-        let used = snapshot
-            .tenant(tenant)
-            .is_some_and(|view| view.record().adapters.values().any(|stored| stored.hash == *hash));
-        if !used {
-            self.delete_object(tenant, hash);
-        }
-    }
-
-    fn delete_object(&self, tenant: &TenantId, hash: &ContentHash) {
-        if let Err(error) = self.store.delete(tenant, hash) {
-            tracing::warn!(tenant_id = %tenant, hash = %hash.short(), %error, "adapter file could not be deleted; its key is what matters");
-        }
     }
 
     fn room(&self, base: &BaseName) -> Result<&Arc<BaseRoom>, RequestError> {
@@ -256,7 +227,8 @@ impl App {
             cancel: cancel.clone(),
             fallback: contract.fallback,
         };
-        let adapter_hit = envelope.adapter.as_ref().map(|pin| room.cache.residency(&pin.hash) == Warmth::Ready);
+        let adapter_hit =
+            envelope.adapter.as_ref().map(|pin| room.cache.residency(&pin.adapter().id()) == Residency::Ready);
         let ticket = match room.queue.submit(now, Item::of(&envelope), payload) {
             Ok(ticket) => ticket,
             Err(error) => {
@@ -267,7 +239,7 @@ impl App {
 
         // Its weights are fetched while it waits.
         if let Some(pin) = &envelope.adapter {
-            room.cache.want(pin.hash, &contract.tenant, envelope.deadline);
+            room.cache.want(&pin.adapter(), envelope.deadline);
         }
 
         let tap = self.tap(who, &contract, &envelope, adapter_hit, admitted.reservation);

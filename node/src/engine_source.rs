@@ -6,12 +6,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use adapters::{AdapterCache, LeaseDecision, Warmth};
-use queue::{AdapterView, Item, Picked, Queue, Residency};
+use adapters::{AdapterCache, LeaseDecision};
+use queue::{AdapterView, Item, Picked, Queue};
 use scheduler::grammar::CompiledGrammar;
 use scheduler::source::{CancelFlag, Charge, Room, Work, WorkSource};
+use shared::adapter::{AdapterId, Residency};
 use shared::error::{ErrorKind, RequestError};
-use shared::hash::ContentHash;
 use shared::id::{RequestId, Route, TenantId};
 use shared::request::Envelope;
 use shared::tenant::{Fallback, Tier};
@@ -83,9 +83,9 @@ impl EngineSource {
     /// Turns a picked request into work; `None` when it was answered with an error instead.
     fn start(&self, picked: Picked<Payload>) -> Result<Option<Work>, Box<Picked<Payload>>> {
         let id = picked.item.id;
-        let lease = match picked.payload.envelope.adapter.as_ref().map(|pin| pin.hash) {
+        let lease = match picked.item.adapter {
             None => None,
-            Some(hash) => match self.room.cache.lease(&hash) {
+            Some(adapter) => match self.room.cache.lease(&adapter) {
                 LeaseDecision::Leased(lease) => Some(lease),
                 LeaseDecision::Failed(error) => return Ok(self.without_adapter(picked.payload, id, error.into())),
                 LeaseDecision::Loading | LeaseDecision::NoSlot | LeaseDecision::Absent => return Err(Box::new(picked)),
@@ -184,17 +184,11 @@ impl AdapterView for CacheView<'_> {
         self.0.epoch()
     }
 
-    fn residency(&mut self, hash: &ContentHash) -> Residency {
-        match self.0.residency(hash) {
-            Warmth::Ready => Residency::Ready,
-            Warmth::Loading => Residency::Loading,
-            Warmth::NoSlot => Residency::NoSlot,
-            Warmth::Absent => Residency::Absent,
-            Warmth::Failed => Residency::Failed,
-        }
+    fn residency(&mut self, adapter: &AdapterId) -> Residency {
+        self.0.residency(adapter)
     }
 
-    fn settled(&mut self, out: &mut Vec<ContentHash>) {
+    fn settled(&mut self, out: &mut Vec<AdapterId>) {
         self.0.settled(out);
     }
 }
@@ -214,11 +208,11 @@ mod tests {
             0
         }
 
-        fn residency(&mut self, _: &ContentHash) -> Residency {
+        fn residency(&mut self, _: &AdapterId) -> Residency {
             Residency::Ready
         }
 
-        fn settled(&mut self, _: &mut Vec<ContentHash>) {}
+        fn settled(&mut self, _: &mut Vec<AdapterId>) {}
     }
 
     /// A queue, a request picked from it, its events, and the hold of its client.

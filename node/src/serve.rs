@@ -18,6 +18,7 @@ use coordinator::registry::{Registry, RegistryOptions};
 use metrics_exporter_prometheus::PrometheusHandle;
 use parking_lot::Mutex;
 use ractor::{Actor, ActorCell, ActorRef};
+use shared::adapter::AdapterRef;
 use shared::clock::{Clock, SystemClock};
 use shared::config::{AdapterConfig, BaseConfig, ClusterConfig, NodeConfig, TlsConfig};
 use shared::id::{NodeId, TenantId};
@@ -78,7 +79,10 @@ pub fn run(args: &NodeArgs) -> anyhow::Result<()> {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the async runtime")?;
-    runtime.block_on(async { start(config, node).await?.run().await })
+    let end = runtime.block_on(async { start(config, node).await?.run().await });
+    // Not waited for: an adapter's reader may hang for ever.
+    runtime.shutdown_background();
+    end
 }
 
 fn log_to_stderr(json: bool) {
@@ -168,6 +172,7 @@ async fn open(config: ClusterConfig, node: NodeConfig, clock: Arc<dyn Clock>) ->
         AdminKey::load_or_create(&data.join("admin.key"), &options.cluster_key).context("open the admin key")?;
     let registry = Registry::open(options).await.context("open the registry")?;
     let store = Store::open(&data.join("adapters"), config.adapters.disk_bytes).context("open the adapter store")?;
+    sweep(&store, &registry).context("clean the adapter store")?;
     let journal = Journal::open(&data.join("usage")).context("open the usage journal")?;
     let mut rooms = BTreeMap::new();
     for base in &config.bases {
@@ -177,6 +182,22 @@ async fn open(config: ClusterConfig, node: NodeConfig, clock: Arc<dyn Clock>) ->
     let app = App::new(AppParts { config, node, clock, registry, rooms, store, journal });
     wake_engines_on_load(&app);
     Ok((app, admin_key))
+}
+
+/// Removes adapter files that no tenant's record names: a crash between two steps of a change left them.
+fn sweep(store: &Store, registry: &Registry) -> Result<(), adapters::StoreError> {
+    let snapshot = registry.snapshot();
+    let views = snapshot.tenants();
+    let copies = views.iter().flat_map(|view| {
+        let record = view.record();
+        let copy = |hash| AdapterRef { tenant: record.tenant().clone(), hash };
+        record.adapters.values().map(move |adapter| copy(adapter.hash).id())
+    });
+    let removed = store.sweep(&copies.collect())?;
+    if removed > 0 {
+        tracing::info!(removed, "adapter files that nobody names were removed");
+    }
+    Ok(())
 }
 
 async fn load_base(

@@ -12,7 +12,8 @@
 //! | contract | what the registry promises and forbids a tenant ([`tenant::TenantContract`]) |
 //! | tier | the service class a tenant is queued in: shared, premium, isolated |
 //! | base | the frozen language model that all tenants of a node share |
-//! | adapter | one tenant's LoRA weights; identified by the hash of its content |
+//! | adapter | one tenant's LoRA weights; identified by the tenant and the hash of the content |
+//! | residency | where an adapter is on a node: in the engine, on its way, or not ([`adapter::Residency`]) |
 //! | task | a tenant's own short name (`support`) that points at an adapter version |
 //! | route | (tenant, task): what is queued, limited and metered as one line |
 //! | pin | the adapter content a request was admitted with and finishes on |
@@ -26,6 +27,7 @@
 
 pub mod id;
 pub mod hash;
+pub mod adapter;
 pub mod seal;
 pub mod tenant;
 pub mod request;

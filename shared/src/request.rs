@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use crate::adapter::AdapterRef;
 use crate::hash::ContentHash;
 use crate::id::{AdapterName, BaseName, RequestId, Route};
 use crate::tenant::Tier;
@@ -95,6 +96,13 @@ pub struct AdapterPin {
     pub name: AdapterName,
     /// The content.
     pub hash: ContentHash,
+}
+
+impl AdapterPin {
+    /// The copy of that content which it names: its name's client owns it.
+    pub fn adapter(&self) -> AdapterRef {
+        AdapterRef { tenant: self.name.client.clone(), hash: self.hash }
+    }
 }
 
 /// An admitted request.

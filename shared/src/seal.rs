@@ -1,23 +1,23 @@
-//! Envelope encryption of what a tenant stores: which key opens what, and how the bytes are laid out.
+//! Envelope encryption of what a tenant stores: which key opens what. [`object`] lays the bytes out.
 //!
 //! ```text
-//! cluster key ── wraps ──► tenant key ── wraps ──► data key (one per object) ── seals ──► content
-//! (file, 0600)             (in the registry)       (in the object's header)
+//! cluster key ── wraps ──► tenant key ── with a salt, makes ──► object key ── seals ──► content
+//! (file, 0600)             (in the registry)                    (salt in the object's header)
 //! ```
 //!
-//! All of it is XChaCha20-Poly1305 with random nonces (24 bytes: collisions are not a concern). Each layer
-//! authenticates where its bytes belong: a wrapped tenant key names its tenant, an object names its tenant
-//! and its content hash, so bytes moved to another tenant or another name do not open. Destroying the one
-//! wrapped tenant key makes every copy of everything sealed under it unreadable, backups included.
+//! All of it is AES-256-GCM. Every key seals one thing only: it is made from the secret above it and 32 random
+//! bytes, so nonces need not be random. Each layer authenticates where its bytes belong: a wrapped tenant key names
+//! its tenant, an object names its tenant and its content hash, so bytes moved to another tenant or another name do
+//! not open. Destroying the one wrapped tenant key makes every copy of everything sealed under it unreadable, backups
+//! included.
 //!
-//! The registry in `coordinator` keeps wrapped keys; the adapter store seals and opens objects. Not here:
-//! streaming (objects are at most some hundred megabytes) and where anything is stored.
+//! The registry in `coordinator` keeps wrapped keys; the adapter store seals and opens objects. Not here: where
+//! anything is stored.
 
 use std::fmt;
 use std::path::Path;
 
-use chacha20poly1305::aead::AeadInOut;
-use chacha20poly1305::{KeyInit, Tag, XChaCha20Poly1305, XNonce};
+use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, Zeroizing};
 
@@ -25,19 +25,16 @@ use crate::hash::ContentHash;
 use crate::id::TenantId;
 
 pub mod key_file;
+pub mod object;
+
+pub use object::{open, seal};
 
 /// Bytes of every symmetric key here.
 pub const KEY_BYTES: usize = 32;
-const NONCE_BYTES: usize = 24;
-const TAG_BYTES: usize = 16;
-/// Nonce, encrypted key, tag.
-const WRAPPED_BYTES: usize = NONCE_BYTES + KEY_BYTES + TAG_BYTES;
-/// Opens every sealed object, so that a foreign file is recognised before any decryption.
-const MAGIC: &[u8; 4] = b"TSL1";
-/// Magic, wrapped data key, nonce of the content.
-const HEADER_BYTES: usize = MAGIC.len() + WRAPPED_BYTES + NONCE_BYTES;
-/// How much longer a sealed object is than its plaintext.
-pub const SEAL_OVERHEAD_BYTES: usize = HEADER_BYTES + TAG_BYTES;
+/// Bytes that authenticate one sealed run of bytes.
+pub const TAG_BYTES: usize = 16;
+/// Salt, encrypted key, tag.
+const WRAPPED_BYTES: usize = 2 * KEY_BYTES + TAG_BYTES;
 /// First byte of a wrapped tenant key.
 const WRAP_VERSION: u8 = 1;
 
@@ -45,12 +42,21 @@ const WRAP_VERSION: u8 = 1;
 #[derive(Debug, thiserror::Error)]
 pub enum SealError {
     /// Too short or not ours: the file is truncated or was never sealed.
-    #[error("{found_bytes} bytes are not a sealed object (at least {SEAL_OVERHEAD_BYTES} bytes that start with TSL1)")]
+    #[error(
+        "{found_bytes} bytes are not a sealed object (at least {} bytes that start with TSL2)",
+        object::HEADER_BYTES
+    )]
     NotSealed {
         /// Bytes found.
         found_bytes: usize,
     },
-    /// Authentication failed: wrong key, wrong tenant, wrong content hash, or changed bytes.
+    /// Bytes of an object were changed, whoever it belongs to.
+    #[error("the sealed object is damaged ({what})")]
+    Damaged {
+        /// Which check found it.
+        what: &'static str,
+    },
+    /// Authentication failed: wrong key, wrong tenant, wrong content hash, or a changed wrapped key.
     #[error("{what} does not open: the key is another one, it belongs elsewhere, or its bytes were changed")]
     DoesNotOpen {
         /// Which layer refused.
@@ -77,51 +83,44 @@ impl Secret {
         Self(bytes)
     }
 
-    fn cipher(&self) -> XChaCha20Poly1305 {
-        XChaCha20Poly1305::new_from_slice(self.0.as_slice()).expect("the key has 32 bytes")
+    /// A 32-byte secret made from this one for one purpose and place.
+    fn derive_for(&self, purpose: &str, place: &[u8]) -> Zeroizing<[u8; KEY_BYTES]> {
+        let mut hasher = blake3::Hasher::new_derive_key(purpose);
+        hasher.update(self.0.as_slice());
+        hasher.update(place);
+        Zeroizing::new(*hasher.finalize().as_bytes())
+    }
+
+    /// The cipher that wraps one key; the salt makes it one of a kind, so its nonce is zero.
+    fn wrapper(&self, salt: &[u8], aad: &[u8]) -> LessSafeKey {
+        let key = self.derive_for("tenantry 2026 key wrap", &[salt, aad].concat());
+        LessSafeKey::new(UnboundKey::new(&AES_256_GCM, key.as_slice()).expect("the key has 32 bytes"))
     }
 
     /// Encrypts `inner` under this key; `aad` says where it belongs.
     fn wrap(&self, inner: &Self, aad: &[u8]) -> [u8; WRAPPED_BYTES] {
         let mut out = [0_u8; WRAPPED_BYTES];
-        let (nonce, rest) = out.split_at_mut(NONCE_BYTES);
+        let (salt, rest) = out.split_at_mut(KEY_BYTES);
         let (body, tag) = rest.split_at_mut(KEY_BYTES);
-        getrandom::fill(nonce).expect("the operating system provides randomness");
+        getrandom::fill(salt).expect("the operating system provides randomness");
         body.copy_from_slice(inner.0.as_slice());
-        tag.copy_from_slice(&encrypt(self, nonce, aad, body));
+        let made = self
+            .wrapper(salt, aad)
+            .seal_in_place_separate_tag(Nonce::assume_unique_for_key([0; 12]), Aad::from(aad), body)
+            .expect("the cipher refuses only content beyond 64 GiB");
+        tag.copy_from_slice(made.as_ref());
         out
     }
 
     fn unwrap(&self, wrapped: &[u8; WRAPPED_BYTES], aad: &[u8], what: &'static str) -> Result<Self, SealError> {
-        let (nonce, rest) = wrapped.split_at(NONCE_BYTES);
-        let (body, tag) = rest.split_at(KEY_BYTES);
+        let (salt, sealed) = wrapped.split_at(KEY_BYTES);
+        let mut sealed = Zeroizing::new(sealed.to_vec());
+        let opened =
+            self.wrapper(salt, aad).open_in_place(Nonce::assume_unique_for_key([0; 12]), Aad::from(aad), &mut sealed);
         let mut key = Zeroizing::new([0_u8; KEY_BYTES]);
-        key.copy_from_slice(body);
-        decrypt(self, nonce, aad, key.as_mut_slice(), tag, what)?;
+        key.copy_from_slice(opened.map_err(|_| SealError::DoesNotOpen { what })?);
         Ok(Self(key))
     }
-}
-
-fn encrypt(key: &Secret, nonce: &[u8], aad: &[u8], buffer: &mut [u8]) -> [u8; TAG_BYTES] {
-    let nonce = XNonce::try_from(nonce).expect("the nonce has 24 bytes");
-    let tag = key
-        .cipher()
-        .encrypt_inout_detached(&nonce, aad, buffer.into())
-        .expect("the cipher refuses only content beyond 256 GiB");
-    tag.into()
-}
-
-fn decrypt(
-    key: &Secret,
-    nonce: &[u8],
-    aad: &[u8],
-    buffer: &mut [u8],
-    tag: &[u8],
-    what: &'static str,
-) -> Result<(), SealError> {
-    let nonce = XNonce::try_from(nonce).expect("the nonce has 24 bytes");
-    let tag = Tag::try_from(tag).expect("the tag has 16 bytes");
-    key.cipher().decrypt_inout_detached(&nonce, aad, buffer.into(), &tag).map_err(|_| SealError::DoesNotOpen { what })
 }
 
 /// Names the owner and the place of some sealed bytes, with lengths, so that no two places share a spelling.
@@ -263,55 +262,6 @@ impl TryFrom<String> for WrappedKey {
         wrapped.copy_from_slice(&bytes[1..]);
         Ok(Self(wrapped))
     }
-}
-
-/// Seals `plaintext` for `tenant` under a fresh data key; the result is [`SEAL_OVERHEAD_BYTES`] longer.
-///
-/// `hash` is the content hash of the plaintext, under which the object is stored.
-pub fn seal(key: &TenantKey, tenant: &TenantId, hash: &ContentHash, plaintext: &[u8]) -> Vec<u8> {
-    let data_key = Secret::random();
-    let mut out = Vec::with_capacity(plaintext.len() + SEAL_OVERHEAD_BYTES);
-    out.extend_from_slice(MAGIC);
-    out.extend_from_slice(&key.0.wrap(&data_key, &place("data key", tenant, &hash.0)));
-    let mut nonce = [0_u8; NONCE_BYTES];
-    getrandom::fill(&mut nonce).expect("the operating system provides randomness");
-    out.extend_from_slice(&nonce);
-    let aad = content_aad(tenant, hash, &out);
-    out.extend_from_slice(plaintext);
-    let tag = encrypt(&data_key, &nonce, &aad, &mut out[HEADER_BYTES..]);
-    out.extend_from_slice(&tag);
-    out
-}
-
-/// Opens what [`seal`] made; the plaintext is wiped from memory on drop.
-///
-/// # Errors
-/// [`SealError::NotSealed`] for bytes of another form; [`SealError::DoesNotOpen`] when key, tenant or hash
-/// is not the one it was sealed with, or any bit was changed.
-pub fn open(
-    key: &TenantKey,
-    tenant: &TenantId,
-    hash: &ContentHash,
-    sealed: &[u8],
-) -> Result<Zeroizing<Vec<u8>>, SealError> {
-    if sealed.len() < SEAL_OVERHEAD_BYTES || !sealed.starts_with(MAGIC) {
-        return Err(SealError::NotSealed { found_bytes: sealed.len() });
-    }
-    let (header, rest) = sealed.split_at(HEADER_BYTES);
-    let (body, tag) = rest.split_at(rest.len() - TAG_BYTES);
-    let (wrapped, nonce) = header[MAGIC.len()..].split_at(WRAPPED_BYTES);
-    let wrapped: &[u8; WRAPPED_BYTES] = wrapped.try_into().expect("split at the length of a wrapped key");
-    let data_key = key.0.unwrap(wrapped, &place("data key", tenant, &hash.0), "the object's key")?;
-    let mut plaintext = Zeroizing::new(body.to_vec());
-    decrypt(&data_key, nonce, &content_aad(tenant, hash, header), &mut plaintext, tag, "the object")?;
-    Ok(plaintext)
-}
-
-/// What the content's tag covers besides the content: its place and the whole header.
-fn content_aad(tenant: &TenantId, hash: &ContentHash, header: &[u8]) -> Vec<u8> {
-    let mut rest = hash.0.to_vec();
-    rest.extend_from_slice(header);
-    place("content", tenant, &rest)
 }
 
 fn to_hex(bytes: &[u8]) -> String {

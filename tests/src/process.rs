@@ -196,8 +196,22 @@ impl NodeProcess {
 
     /// Resident memory in bytes.
     pub fn resident_bytes(&self) -> u64 {
+        self.memory("VmRSS:")
+    }
+
+    /// The most it had resident since the process started, or since [`NodeProcess::forget_peak`].
+    pub fn peak_bytes(&self) -> u64 {
+        self.memory("VmHWM:")
+    }
+
+    /// Starts counting the peak anew.
+    pub fn forget_peak(&self) {
+        std::fs::write(format!("/proc/{}/clear_refs", self.pid()), "5").expect("one's own children can be reset");
+    }
+
+    fn memory(&self, line: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("the process lives");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("Linux tells the resident size");
+        let line = status.lines().find_map(|found| found.strip_prefix(line)).expect("Linux tells the resident size");
         line.trim().trim_end_matches(" kB").trim().parse::<u64>().expect("a number of kB") << 10
     }
 

@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ractor::{Actor, ActorProcessingErr, ActorRef};
+use shared::adapter::AdapterRef;
 use shared::clock::Clock;
-use shared::hash::ContentHash;
 use tokio::sync::mpsc;
 
 use crate::cache::{Command, LoadJob, Loaded};
@@ -33,10 +33,17 @@ pub const TICK: Duration = Duration::from_secs(1);
 pub enum AdapterCacheMsg {
     /// Sent by the pump: the cache wants something done.
     Perform(Command),
+    /// Sent by a load's thread when it has the files.
+    FilesRead {
+        /// Which load.
+        number: u64,
+    },
     /// Sent by a load's thread when it is done.
     LoadFinished {
-        /// Which adapter.
-        hash: ContentHash,
+        /// Which load.
+        number: u64,
+        /// Of which adapter.
+        adapter: AdapterRef,
         /// What came of it.
         result: Result<Loaded, LoadError>,
     },
@@ -111,9 +118,12 @@ impl Actor for AdapterCacheActor {
                 // Wiping tens of megabytes takes milliseconds.
                 tokio::task::spawn_blocking(move || drop(retired));
             }
-            AdapterCacheMsg::LoadFinished { hash, result } => state.on_load_finished(hash, result),
+            AdapterCacheMsg::FilesRead { number } => state.cache.files_read(number),
+            AdapterCacheMsg::LoadFinished { number, adapter, result } => {
+                state.on_load_finished(number, &adapter, result);
+            }
             AdapterCacheMsg::Tick => {
-                state.cache.expire_wants();
+                state.cache.expire();
                 metrics::sample(&state.cache.stats(), state.store.as_ref().map(Store::used_bytes));
             }
         }
@@ -127,46 +137,52 @@ impl AdapterCacheState {
     fn on_load(&self, myself: ActorRef<AdapterCacheMsg>, job: LoadJob) {
         let (loader, clock) = (Arc::clone(&self.loader), Arc::clone(&self.clock));
         tokio::task::spawn_blocking(move || {
-            let hash = job.hash;
+            let (number, adapter) = (job.number, job.adapter.clone());
             let tier = match (&job.host, job.pack) {
                 (Some(_), _) => "host",
                 (None, true) => "disk",
                 (None, false) => "prefetch",
             };
             let started = clock.now();
-            let result = perform(loader.as_ref(), job);
+            let has_files = || {
+                let _ = myself.cast(AdapterCacheMsg::FilesRead { number });
+            };
+            let result = perform(loader.as_ref(), job, has_files);
             if result.is_ok() {
                 metrics::loaded(tier, clock.now().saturating_duration_since(started));
             }
             // A stopped actor has no use for it; its memory goes here.
-            let _ = myself.cast(AdapterCacheMsg::LoadFinished { hash, result });
+            let _ = myself.cast(AdapterCacheMsg::LoadFinished { number, adapter, result });
         });
     }
 
-    fn on_load_finished(&self, hash: ContentHash, result: Result<Loaded, LoadError>) {
+    fn on_load_finished(&self, number: u64, adapter: &AdapterRef, result: Result<Loaded, LoadError>) {
+        let (tenant_id, adapter) = (&adapter.tenant, adapter.hash.short());
         match &result {
-            Ok(_) => tracing::debug!(adapter = %hash.short(), "adapter loaded"),
-            Err(error) => tracing::warn!(adapter = %hash.short(), %error, "adapter failed to load"),
+            Ok(_) => tracing::debug!(%tenant_id, adapter, "adapter loaded"),
+            Err(error) => tracing::warn!(%tenant_id, adapter, %error, "adapter failed to load"),
         }
-        self.cache.finished(hash, result);
+        self.cache.finished(number, result);
     }
 }
 
 /// Runs one load; a panic in the loader is a failed load, not the end of the cache.
-pub fn perform(loader: &dyn Loader, job: LoadJob) -> Result<Loaded, LoadError> {
+/// `has_files` is called between reading and packing.
+pub fn perform(loader: &dyn Loader, job: LoadJob, has_files: impl Fn()) -> Result<Loaded, LoadError> {
     let attempt = || {
         let files = match &job.host {
             Some(files) => Arc::clone(files),
-            None => Arc::new(loader.fetch(&job.owner, &job.hash)?),
+            None => Arc::new(loader.fetch(&job.adapter)?),
         };
-        let packed = if job.pack { Some(Arc::new(loader.pack(&job.hash, &files)?)) } else { None };
-        if packed.as_ref().is_some_and(|packed| packed.hash != job.hash) {
+        has_files();
+        let packed = if job.pack { Some(Arc::new(loader.pack(&job.adapter.hash, &files)?)) } else { None };
+        if packed.as_ref().is_some_and(|packed| packed.hash != job.adapter.hash) {
             return Err(LoadError::Damaged);
         }
         Ok(Loaded { files, packed })
     };
     catch_unwind(AssertUnwindSafe(attempt)).unwrap_or_else(|_| {
-        tracing::error!(adapter = %job.hash.short(), "the adapter loader panicked");
+        tracing::error!(tenant_id = %job.adapter.tenant, adapter = %job.adapter.hash.short(), "the adapter loader panicked");
         Err(LoadError::Panicked)
     })
 }

@@ -1,6 +1,7 @@
 //! What is resident, what is loaded next and what makes room: the cache's decisions, pure.
 //!
-//! Two tiers live here. **Engine**: packed adapters in numbered slots; a slot's generation changes whenever
+//! An adapter here is one tenant's copy ([`AdapterId`]): equal content of two tenants shares nothing. Two tiers
+//! live here. **Engine**: packed adapters in numbered slots; a slot's generation changes whenever
 //! its adapter does. **Host**: verified file bytes, so that coming back costs no disk and no decryption. The
 //! third tier, disk, is [`crate::store`].
 //!
@@ -10,8 +11,8 @@
 //! (they leave in [`Command::Retire`], since wiping megabytes takes milliseconds).
 //!
 //! Who goes: only slots without a lease, and among them first those nobody waits for, in two segments. A
-//! newcomer is on *probation* until its second lease; one-off visitors and pre-warmed adapters push out each
-//! other, not the adapters in daily use. The protected segment is at most three quarters of the slots, so
+//! newcomer is on *probation* until its second lease; one-off visitors push out each other, not the adapters in
+//! daily use. The protected segment is at most three quarters of the slots, so
 //! that yesterday's favourites step back down when today's arrive.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -19,11 +20,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use model::adapter::LoraAdapter;
-use shared::hash::ContentHash;
-use shared::id::TenantId;
+use shared::adapter::{AdapterId, AdapterRef, Residency};
 
 use crate::loader::{HostFiles, LoadError};
-use crate::residency::Warmth;
 
 mod plan;
 mod host;
@@ -37,6 +36,13 @@ pub const RETRY_FIRST: Duration = Duration::from_secs(1);
 pub const RETRY_MAX: Duration = Duration::from_secs(60);
 /// Failed adapters remembered; beyond it the longest known is forgotten and simply tried again.
 pub const FAILURES_MAX: usize = 4096;
+/// Longest that reading an adapter's files may take: half a gigabyte from a slow disk. A reader that is blocked for
+/// longer is given up; its thread cannot be ended, so it is counted until it comes back.
+pub const READ_MAX: Duration = Duration::from_secs(10);
+/// Readers given up and not back, of all adapters: a disk that hangs costs this many threads and no more.
+pub const STUCK_MAX: usize = 16;
+/// The same of one adapter, so that a single bad file does not use up the places of all.
+pub const STUCK_PER_ADAPTER_MAX: usize = 2;
 
 /// Budgets of the cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,25 +57,6 @@ pub struct CacheConfig {
     pub loads_at_once: usize,
 }
 
-/// Whose files to load: decides which key opens them.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Owner {
-    /// The tenant that uploaded the adapter.
-    pub tenant: TenantId,
-}
-
-/// Why an adapter is wanted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Urgency {
-    /// A request for it waits; keep trying until then.
-    Queued {
-        /// The request's deadline.
-        until: Instant,
-    },
-    /// It may be needed soon: takes only free or probation slots, a quarter of all at most.
-    Prewarm,
-}
-
 /// Work for the shell.
 #[derive(Debug)]
 pub enum Command {
@@ -82,10 +69,10 @@ pub enum Command {
 /// One load. At most one per adapter is under way.
 #[derive(Debug, Clone)]
 pub struct LoadJob {
-    /// Which.
-    pub hash: ContentHash,
-    /// Whose.
-    pub owner: Owner,
+    /// Number of the load; no other load has it.
+    pub number: u64,
+    /// What to load.
+    pub adapter: AdapterRef,
     /// Its files if they are in host memory already.
     pub host: Option<Arc<HostFiles>>,
     /// False: only the host tier is filled, ahead of a slot.
@@ -129,6 +116,8 @@ pub struct CacheStats {
     pub leased: usize,
     /// Loads under way.
     pub loading: usize,
+    /// Loads given up whose reader is still blocked.
+    pub stuck: usize,
     /// Bytes in the engine tier.
     pub engine_bytes: usize,
     /// Adapters in the host tier.
@@ -147,14 +136,13 @@ struct Slot {
 
 #[derive(Debug)]
 struct Occupant {
-    hash: ContentHash,
+    id: AdapterId,
     /// `None` while it loads.
     adapter: Option<Arc<LoraAdapter>>,
     leases: u32,
     /// Leases ever given here; two make it protected.
     uses: u32,
     protected: bool,
-    prewarmed: bool,
     /// Never leased again; goes with its last lease.
     doomed: bool,
     /// Bytes of the budget it takes: its size, or while it loads what is reserved for it.
@@ -165,12 +153,13 @@ struct Occupant {
 /// What is known of one adapter.
 #[derive(Debug)]
 struct Entry {
-    owner: Owner,
+    adapter: AdapterRef,
     slot: Option<u32>,
-    job: Option<Job>,
+    /// Number of the load under way.
+    job: Option<u64>,
     host: Option<HostPlace>,
     failure: Option<Failure>,
-    /// Until when requests for it may wait; its owner is remembered that long.
+    /// Until when requests for it may wait.
     wanted_until: Option<Instant>,
     /// Place among those that asked and had no lease since.
     want_seq: Option<u64>,
@@ -179,14 +168,18 @@ struct Entry {
     /// Packed size, once known.
     packed_bytes: Option<usize>,
     /// What the index was told last.
-    shown: Warmth,
+    shown: Residency,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A load under way.
+#[derive(Debug, Clone, Copy)]
 struct Job {
+    id: AdapterId,
+    /// When it is given up; `None` once its files are read: packing takes as long as it takes.
+    read_until: Option<Instant>,
     /// The adapter was deleted meanwhile: what the job brings is thrown away.
     doomed: bool,
-    /// Its files were stored meanwhile, perhaps for another owner: a failure says nothing about those.
+    /// Its files were stored again meanwhile: a failure says nothing about those.
     renewed: bool,
 }
 
@@ -207,9 +200,9 @@ struct Failure {
 }
 
 impl Entry {
-    fn new(owner: Owner) -> Self {
+    fn new(adapter: AdapterRef) -> Self {
         Self {
-            owner,
+            adapter,
             slot: None,
             job: None,
             host: None,
@@ -218,7 +211,7 @@ impl Entry {
             want_seq: None,
             asked_at: 0,
             packed_bytes: None,
-            shown: Warmth::Absent,
+            shown: Residency::Absent,
         }
     }
 }
@@ -228,23 +221,21 @@ impl Entry {
 pub struct CacheCore {
     config: CacheConfig,
     slots: Vec<Slot>,
-    entries: HashMap<ContentHash, Entry>,
+    entries: HashMap<AdapterId, Entry>,
     /// Adapters that were asked for and had no lease since, in order of asking.
-    wants: BTreeMap<u64, ContentHash>,
+    wants: BTreeMap<u64, AdapterId>,
     /// When wants end.
-    want_ends: BTreeSet<(Instant, ContentHash)>,
-    /// Adapters to warm ahead of time that have no slot.
-    prewarms: BTreeSet<ContentHash>,
+    want_ends: BTreeSet<(Instant, AdapterId)>,
     /// Adapters with a slot whose load has not started, in order of assignment.
-    to_load: BTreeMap<u64, ContentHash>,
+    to_load: BTreeMap<u64, AdapterId>,
     /// Waiting adapters whose files are not in host memory, in order of asking.
-    to_fetch: BTreeMap<u64, ContentHash>,
+    to_fetch: BTreeMap<u64, AdapterId>,
     /// Host tier, least recently used first.
-    host_order: BTreeMap<u64, ContentHash>,
-    failures: BTreeMap<u64, ContentHash>,
+    host_order: BTreeMap<u64, AdapterId>,
+    failures: BTreeMap<u64, AdapterId>,
     /// The queue's fair order and each adapter's place in it.
-    order: Vec<ContentHash>,
-    places: HashMap<ContentHash, usize>,
+    order: Vec<AdapterId>,
+    places: HashMap<AdapterId, usize>,
     /// The queue holds back who is resident: their slots may go to who is ahead.
     drain: bool,
     /// When the order was told last, and when anything was asked for last.
@@ -252,11 +243,14 @@ pub struct CacheCore {
     asked_at: u64,
     engine_bytes: usize,
     host_bytes: usize,
-    n_jobs: usize,
+    /// Loads under way, by number.
+    jobs: BTreeMap<u64, Job>,
+    /// Loads given up whose threads are still blocked, by number.
+    stuck: BTreeMap<u64, AdapterId>,
     tick: u64,
     epoch: u64,
     commands: Vec<Command>,
-    changes: Vec<(ContentHash, Warmth)>,
+    changes: Vec<(AdapterId, Residency)>,
     stats: CacheStats,
 }
 
@@ -266,7 +260,7 @@ pub enum CoreLease {
     /// Leased: adapter, slot, generation.
     Leased(Arc<LoraAdapter>, u32, u64),
     /// Not now.
-    Missing(Warmth),
+    Missing(Residency),
     /// Not before the back-off has passed.
     Failed(LoadError),
 }
@@ -283,7 +277,6 @@ impl CacheCore {
             entries: HashMap::new(),
             wants: BTreeMap::new(),
             want_ends: BTreeSet::new(),
-            prewarms: BTreeSet::new(),
             to_load: BTreeMap::new(),
             to_fetch: BTreeMap::new(),
             host_order: BTreeMap::new(),
@@ -295,7 +288,8 @@ impl CacheCore {
             asked_at: 0,
             engine_bytes: 0,
             host_bytes: 0,
-            n_jobs: 0,
+            jobs: BTreeMap::new(),
+            stuck: BTreeMap::new(),
             tick: 0,
             epoch: 0,
             commands: Vec::new(),
@@ -309,27 +303,24 @@ impl CacheCore {
         self.tick
     }
 
-    /// Asks for an adapter: called when a request for it is queued, or ahead of time.
-    pub fn want(&mut self, now: Instant, hash: ContentHash, owner: Owner, urgency: Urgency) {
-        let tick = self.next_tick();
-        let resident = self.resident(&hash).is_some();
-        let entry = self.entries.entry(hash).or_insert_with(|| Entry::new(owner.clone()));
-        entry.owner = owner;
-        if let Urgency::Queued { until } = urgency {
-            if resident {
-                self.stats.hits += 1
-            } else {
-                self.stats.misses += 1
-            }
-            // Remembered even for a resident adapter: it may be evicted while the request waits.
-            let until = entry.wanted_until.map_or(until, |earlier| earlier.max(until));
-            if let Some(earlier) = entry.wanted_until.replace(until) {
-                self.want_ends.remove(&(earlier, hash));
-            }
-            self.want_ends.insert((until, hash));
-            entry.asked_at = tick;
-            self.asked_at = tick;
+    /// Asks for an adapter: called when a request for it is queued, which waits until `until` at most.
+    pub fn want(&mut self, now: Instant, adapter: &AdapterRef, until: Instant) {
+        let (id, tick) = (adapter.id(), self.next_tick());
+        let resident = self.resident(&id).is_some();
+        let entry = self.entries.entry(id).or_insert_with(|| Entry::new(adapter.clone()));
+        if resident {
+            self.stats.hits += 1
+        } else {
+            self.stats.misses += 1
         }
+        // Remembered even for a resident adapter: it may be evicted while the request waits.
+        let until = entry.wanted_until.map_or(until, |earlier| earlier.max(until));
+        if let Some(earlier) = entry.wanted_until.replace(until) {
+            self.want_ends.remove(&(earlier, id));
+        }
+        self.want_ends.insert((until, id));
+        entry.asked_at = tick;
+        self.asked_at = tick;
         match &mut entry.failure {
             Some(failure) if now < failure.retry_at => return,
             // Tried again, but the failure is forgotten only when a load succeeds.
@@ -339,32 +330,24 @@ impl CacheCore {
         if resident {
             return;
         }
-        match urgency {
-            Urgency::Queued { .. } => {
-                let seq = *entry.want_seq.get_or_insert(tick);
-                self.wants.insert(seq, hash);
-                if entry.host.is_none() && entry.slot.is_none() {
-                    self.to_fetch.insert(seq, hash);
-                }
-            }
-            Urgency::Prewarm if entry.slot.is_none() => {
-                self.prewarms.insert(hash);
-            }
-            Urgency::Prewarm => {}
+        let seq = *entry.want_seq.get_or_insert(tick);
+        self.wants.insert(seq, id);
+        if entry.host.is_none() && entry.slot.is_none() {
+            self.to_fetch.insert(seq, id);
         }
-        self.show(hash);
+        self.show(id);
         self.plan(now);
     }
 
-    /// The occupant that would be leased for `hash`.
-    fn resident(&self, hash: &ContentHash) -> Option<&Occupant> {
-        let slot = self.entries.get(hash)?.slot?;
+    /// The occupant that would be leased for `id`.
+    fn resident(&self, id: &AdapterId) -> Option<&Occupant> {
+        let slot = self.entries.get(id)?.slot?;
         self.slots[slot as usize].occupant.as_ref().filter(|occupant| occupant.adapter.is_some() && !occupant.doomed)
     }
 
     /// Takes over the queue's fair order of waiting adapters. With `drain`, slots of adapters that wait further
     /// back may be given to those ahead as soon as no lease holds them.
-    pub fn prefer(&mut self, now: Instant, order: &[ContentHash], drain: bool) {
+    pub fn prefer(&mut self, now: Instant, order: &[AdapterId], drain: bool) {
         let asked_since = self.asked_at > self.preferred_at;
         self.preferred_at = self.next_tick();
         if self.order == order && self.drain == drain {
@@ -376,14 +359,14 @@ impl CacheCore {
         }
         self.order.clear();
         self.order.extend_from_slice(order);
-        self.places = order.iter().enumerate().map(|(place, &hash)| (hash, place)).collect();
+        self.places = order.iter().enumerate().map(|(place, &id)| (id, place)).collect();
         self.drain = drain;
         self.plan(now);
     }
 
     /// Holds a resident adapter.
-    pub fn lease(&mut self, hash: &ContentHash) -> CoreLease {
-        let Some(entry) = self.entries.get_mut(hash) else { return CoreLease::Missing(Warmth::Absent) };
+    pub fn lease(&mut self, id: &AdapterId) -> CoreLease {
+        let Some(entry) = self.entries.get_mut(id) else { return CoreLease::Missing(Residency::Absent) };
         let occupant = entry.slot.and_then(|slot| self.slots[slot as usize].occupant.as_mut().map(|held| (slot, held)));
         let Some((slot, occupant)) = occupant else {
             return match &entry.failure {
@@ -399,7 +382,6 @@ impl CacheCore {
         occupant.used_at = self.tick;
         occupant.leases += 1;
         occupant.uses = occupant.uses.saturating_add(1);
-        occupant.prewarmed = false;
         entry.asked_at = 0;
         let promote = occupant.uses >= 2 && !occupant.protected;
         if let Some(seq) = entry.want_seq.take() {
@@ -433,28 +415,64 @@ impl CacheCore {
         }
     }
 
+    /// The files of a load are in memory.
+    pub fn files_read(&mut self, number: u64) {
+        if let Some(job) = self.jobs.get_mut(&number) {
+            job.read_until = None;
+        }
+    }
+
     /// A load ended.
-    pub fn finished(&mut self, now: Instant, hash: ContentHash, result: Result<Loaded, LoadError>) {
-        let Some(job) = self.entries.get_mut(&hash).and_then(|entry| entry.job.take()) else {
-            shared::critical!("a load of {hash:?} ended that was never started");
+    pub fn finished(&mut self, now: Instant, number: u64, result: Result<Loaded, LoadError>) {
+        if self.stuck.remove(&number).is_some() {
+            // Given up long ago; whoever waited was told.
+            if let Ok(loaded) = result {
+                self.retire_loaded(loaded);
+            }
+            return;
+        }
+        let Some(job) = self.end_job(number) else {
+            shared::critical!("load {number} ended that was never started");
             return;
         };
-        self.n_jobs -= 1;
+        let id = job.id;
         match result {
             Ok(loaded) if job.doomed => {
                 self.retire_loaded(loaded);
-                self.note_failure(now, hash, LoadError::NotStored);
+                self.note_failure(now, id, LoadError::NotStored);
             }
-            Ok(loaded) => self.place_loaded(now, hash, loaded),
+            Ok(loaded) => self.place_loaded(now, id, loaded),
             Err(_) if job.renewed => {
-                self.vacate(hash);
-                self.want_again(hash);
+                self.vacate(id);
+                self.want_again(id);
             }
-            Err(error) => self.note_failure(now, hash, error),
+            Err(error) => self.note_failure(now, id, error),
         }
-        self.show(hash);
-        self.drop_unused(hash);
+        self.show(id);
+        self.drop_unused(id);
         self.plan(now);
+    }
+
+    fn end_job(&mut self, number: u64) -> Option<Job> {
+        let job = self.jobs.remove(&number)?;
+        if let Some(entry) = self.entries.get_mut(&job.id) {
+            entry.job = None;
+        }
+        Some(job)
+    }
+
+    /// Gives up loads whose reader is blocked: their slots go to others, who asked for them is told.
+    fn expire_reads(&mut self, now: Instant) {
+        let late = |job: &Job| job.read_until.is_some_and(|until| until <= now);
+        let late: Vec<u64> = self.jobs.iter().filter(|(_, job)| late(job)).map(|(&number, _)| number).collect();
+        for number in late {
+            let Some(job) = self.end_job(number) else { continue };
+            self.stuck.insert(number, job.id);
+            self.note_failure(now, job.id, LoadError::TimedOut);
+            self.show(job.id);
+            self.drop_unused(job.id);
+            self.plan(now);
+        }
     }
 
     fn retire_loaded(&mut self, loaded: Loaded) {
@@ -462,19 +480,24 @@ impl CacheCore {
         self.commands.extend(loaded.packed.map(|packed| Command::Retire(Retired::Packed(packed))));
     }
 
-    fn note_failure(&mut self, now: Instant, hash: ContentHash, error: LoadError) {
-        self.vacate(hash);
+    fn note_failure(&mut self, now: Instant, id: AdapterId, error: LoadError) {
         self.stats.failures += 1;
+        self.refuse(now, id, error);
+    }
+
+    /// Requests for `id` meet `error` until it is time to try again.
+    fn refuse(&mut self, now: Instant, id: AdapterId, error: LoadError) {
+        self.vacate(id);
         let at = self.next_tick();
-        self.unwant(&hash);
-        let Some(entry) = self.entries.get_mut(&hash) else { return };
+        self.unwant(&id);
+        let Some(entry) = self.entries.get_mut(&id) else { return };
         let attempts = entry.failure.as_ref().map_or(0, |failure| failure.attempts) + 1;
         if let Some(failure) = &entry.failure {
             self.failures.remove(&failure.at);
         }
         let wait = RETRY_FIRST.saturating_mul(1 << (attempts - 1).min(10)).min(RETRY_MAX);
         entry.failure = Some(Failure { error, attempts, retry_at: now + wait, retrying: false, at });
-        self.failures.insert(at, hash);
+        self.failures.insert(at, id);
         if self.failures.len() > FAILURES_MAX
             && let Some((_, oldest)) = self.failures.pop_first()
         {
@@ -486,10 +509,9 @@ impl CacheCore {
         }
     }
 
-    /// Ends every claim of `hash` to a slot or a fetch.
-    fn unwant(&mut self, hash: &ContentHash) {
-        self.prewarms.remove(hash);
-        if let Some(seq) = self.entries.get_mut(hash).and_then(|entry| entry.want_seq.take()) {
+    /// Ends every claim of `id` to a slot or a fetch.
+    fn unwant(&mut self, id: &AdapterId) {
+        if let Some(seq) = self.entries.get_mut(id).and_then(|entry| entry.want_seq.take()) {
             self.wants.remove(&seq);
             self.to_fetch.remove(&seq);
         }
@@ -497,40 +519,38 @@ impl CacheCore {
 
     /// The adapter was deleted: no new lease, no load; its memory goes with its last lease. Requests that
     /// wait for it meet [`LoadError::NotStored`].
-    pub fn forget(&mut self, now: Instant, hash: &ContentHash) {
-        let Some(entry) = self.entries.get_mut(hash) else { return };
-        if let Some(job) = &mut entry.job {
+    pub fn forget(&mut self, now: Instant, id: &AdapterId) {
+        let Some(entry) = self.entries.get_mut(id) else { return };
+        if let Some(job) = entry.job.and_then(|number| self.jobs.get_mut(&number)) {
             job.doomed = true;
         }
         let (slot, has_job, wanted) = (entry.slot, entry.job.is_some(), entry.wanted_until.is_some());
-        self.unwant(hash);
-        self.drop_host(hash);
+        self.unwant(id);
+        self.drop_host(id);
         if let Some(slot) = slot
             && let Some(occupant) = self.slots[slot as usize].occupant.as_mut()
         {
             occupant.doomed = true;
             match (occupant.adapter.is_some(), occupant.leases) {
                 (true, 0) => self.evict(slot),
-                (false, _) if !has_job => self.vacate(*hash),
+                (false, _) if !has_job => self.vacate(*id),
                 _ => {}
             }
         }
-        if wanted && !has_job && self.entries.get(hash).is_some_and(|entry| entry.slot.is_none()) {
-            self.note_failure(now, *hash, LoadError::NotStored);
+        if wanted && !has_job && self.entries.get(id).is_some_and(|entry| entry.slot.is_none()) {
+            // Deleting is no failed load.
+            self.refuse(now, *id, LoadError::NotStored);
         }
-        self.show(*hash);
-        self.drop_unused(*hash);
+        self.show(*id);
+        self.drop_unused(*id);
         self.plan(now);
     }
 
-    /// `owner` has a stored copy of the adapter, whatever was deleted or failed before: loads use it from now on.
-    /// Equal content of several tenants has one place here, so what one of them deletes must not be missed by
-    /// the others.
-    pub fn stored(&mut self, now: Instant, hash: &ContentHash, owner: Owner) {
-        let Some(entry) = self.entries.get_mut(hash) else { return };
-        entry.owner = owner;
-        if let Some(job) = &mut entry.job {
-            *job = Job { doomed: false, renewed: true };
+    /// The adapter's files were stored again: what was deleted or failed before no longer counts.
+    pub fn stored(&mut self, now: Instant, id: &AdapterId) {
+        let Some(entry) = self.entries.get_mut(id) else { return };
+        if let Some(job) = entry.job.and_then(|number| self.jobs.get_mut(&number)) {
+            (job.doomed, job.renewed) = (false, true);
         }
         if let Some(failure) = entry.failure.take() {
             self.failures.remove(&failure.at);
@@ -539,35 +559,37 @@ impl CacheCore {
         if let Some(occupant) = occupant {
             occupant.doomed = false;
         }
-        self.show(*hash);
-        self.drop_unused(*hash);
+        self.show(*id);
+        self.drop_unused(*id);
         self.plan(now);
     }
 
     /// Puts an adapter that requests may still wait for back among those that need a slot.
-    fn want_again(&mut self, hash: ContentHash) {
+    fn want_again(&mut self, id: AdapterId) {
         let tick = self.next_tick();
-        if let Some(entry) = self.entries.get_mut(&hash)
+        if let Some(entry) = self.entries.get_mut(&id)
             && entry.wanted_until.is_some()
         {
             let seq = *entry.want_seq.get_or_insert(tick);
-            self.wants.insert(seq, hash);
+            self.wants.insert(seq, id);
         }
     }
 
-    /// Drops wants whose requests are past their deadline. Called now and then.
-    pub fn expire_wants(&mut self, now: Instant) {
-        while let Some(&(until, hash)) = self.want_ends.first() {
+    /// Gives up reads that take too long and drops wants whose requests are past their deadline. Called now and
+    /// then.
+    pub fn expire(&mut self, now: Instant) {
+        self.expire_reads(now);
+        while let Some(&(until, id)) = self.want_ends.first() {
             if until > now {
                 return;
             }
             self.want_ends.pop_first();
-            self.unwant(&hash);
-            if let Some(entry) = self.entries.get_mut(&hash) {
+            self.unwant(&id);
+            if let Some(entry) = self.entries.get_mut(&id) {
                 entry.wanted_until = None;
             }
-            self.show(hash);
-            self.drop_unused(hash);
+            self.show(id);
+            self.drop_unused(id);
         }
     }
 }

@@ -9,15 +9,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use parking_lot::{Mutex, RwLock};
+use shared::adapter::{AdapterId, AdapterRef, Residency};
 use shared::clock::Clock;
-use shared::hash::ContentHash;
-use shared::id::TenantId;
 use tokio::sync::mpsc;
 
-use crate::cache::{CacheConfig, CacheCore, CacheStats, Command, CoreLease, Loaded, Owner, Urgency};
+use crate::cache::{CacheConfig, CacheCore, CacheStats, Command, CoreLease, Loaded};
 use crate::lease::{Lease, ReleaseLease};
 use crate::loader::LoadError;
-use crate::residency::{ResidencyIndex, Warmth};
+use crate::residency::ResidencyIndex;
 
 /// Longest order worth telling: finding it costs the queue microseconds per pull.
 const ORDER_LEN_MAX: usize = 128;
@@ -80,20 +79,13 @@ impl AdapterCache {
 
     /// Asks for an adapter. Called when a request for it is queued: loading starts at once if a slot and a
     /// load are free, otherwise when the queue's order ([`Self::prefer`]) comes to it.
-    pub fn want(&self, hash: ContentHash, tenant: &TenantId, until: Instant) {
-        let owner = Owner { tenant: tenant.clone() };
-        self.0.update(|core, now| core.want(now, hash, owner, Urgency::Queued { until }));
-    }
-
-    /// Suggests an adapter ahead of any request. It takes no slot from one in regular use.
-    pub fn prewarm(&self, hash: ContentHash, tenant: &TenantId) {
-        let owner = Owner { tenant: tenant.clone() };
-        self.0.update(|core, now| core.want(now, hash, owner, Urgency::Prewarm));
+    pub fn want(&self, adapter: &AdapterRef, until: Instant) {
+        self.0.update(|core, now| core.want(now, adapter, until));
     }
 
     /// Tells the queue's fair order of waiting adapters and whether it holds others back to free slots.
     /// Cheap when nothing changed.
-    pub fn prefer(&self, order: &[ContentHash], drain: bool) {
+    pub fn prefer(&self, order: &[AdapterId], drain: bool) {
         self.0.update(|core, now| core.prefer(now, order, drain));
     }
 
@@ -104,23 +96,23 @@ impl AdapterCache {
     }
 
     /// Holds an adapter if it is resident. Takes well under a microsecond.
-    pub fn lease(&self, hash: &ContentHash) -> LeaseDecision {
-        let decision = self.0.core.lock().lease(hash);
+    pub fn lease(&self, id: &AdapterId) -> LeaseDecision {
+        let decision = self.0.core.lock().lease(id);
         match decision {
             CoreLease::Leased(adapter, slot, generation) => {
                 let owner: Arc<dyn ReleaseLease> = Arc::<Inner>::clone(&self.0);
                 LeaseDecision::Leased(Lease::new(adapter, slot, generation, owner))
             }
             CoreLease::Failed(error) => LeaseDecision::Failed(error),
-            CoreLease::Missing(Warmth::Loading) => LeaseDecision::Loading,
-            CoreLease::Missing(Warmth::Absent | Warmth::Failed) => LeaseDecision::Absent,
-            CoreLease::Missing(Warmth::NoSlot | Warmth::Ready) => LeaseDecision::NoSlot,
+            CoreLease::Missing(Residency::Loading) => LeaseDecision::Loading,
+            CoreLease::Missing(Residency::Absent | Residency::Failed) => LeaseDecision::Absent,
+            CoreLease::Missing(Residency::NoSlot | Residency::Ready) => LeaseDecision::NoSlot,
         }
     }
 
     /// Where an adapter is, without the cache's lock.
-    pub fn residency(&self, hash: &ContentHash) -> Warmth {
-        self.0.index.warmth(hash)
+    pub fn residency(&self, id: &AdapterId) -> Residency {
+        self.0.index.residency(id)
     }
 
     /// Counts up whenever an adapter became ready or failed.
@@ -129,25 +121,24 @@ impl AdapterCache {
     }
 
     /// Appends every adapter that is ready or failed.
-    pub fn settled(&self, out: &mut Vec<ContentHash>) {
+    pub fn settled(&self, out: &mut Vec<AdapterId>) {
         self.0.core.lock().settled(out);
     }
 
     /// Why an adapter's last load failed, while that counts.
-    pub fn failure(&self, hash: &ContentHash) -> Option<LoadError> {
-        self.0.core.lock().failure(hash).cloned()
+    pub fn failure(&self, id: &AdapterId) -> Option<LoadError> {
+        self.0.core.lock().failure(id).cloned()
     }
 
     /// The adapter was deleted: no new lease; its memory goes with its last lease.
-    pub fn forget(&self, hash: &ContentHash) {
-        self.0.update(|core, now| core.forget(now, hash));
+    pub fn forget(&self, id: &AdapterId) {
+        self.0.update(|core, now| core.forget(now, id));
     }
 
-    /// `tenant` has the adapter's files in the store: earlier failures and deletions no longer count, and loads
-    /// use its copy. Called after an upload, and when somebody else with equal files deleted theirs.
-    pub fn stored(&self, hash: &ContentHash, tenant: &TenantId) {
-        let owner = Owner { tenant: tenant.clone() };
-        self.0.update(|core, now| core.stored(now, hash, owner));
+    /// The adapter's files were stored again: earlier failures and deletions no longer count. Called after an
+    /// upload.
+    pub fn stored(&self, id: &AdapterId) {
+        self.0.update(|core, now| core.stored(now, id));
     }
 
     /// Counts and sizes.
@@ -160,14 +151,19 @@ impl AdapterCache {
         *self.0.waker.write() = Some(waker);
     }
 
-    /// Reports the end of a load; the actor's side.
-    pub(crate) fn finished(&self, hash: ContentHash, result: Result<Loaded, LoadError>) {
-        self.0.update(|core, now| core.finished(now, hash, result));
+    /// Reports that a load has its files; the actor's side.
+    pub(crate) fn files_read(&self, number: u64) {
+        self.0.core.lock().files_read(number);
     }
 
-    /// Ends wants past their deadline; the actor's timer.
-    pub(crate) fn expire_wants(&self) {
-        self.0.update(|core, now| core.expire_wants(now));
+    /// Reports the end of a load; the actor's side.
+    pub(crate) fn finished(&self, number: u64, result: Result<Loaded, LoadError>) {
+        self.0.update(|core, now| core.finished(now, number, result));
+    }
+
+    /// Gives up reads and wants whose time is over; the actor's timer.
+    pub(crate) fn expire(&self) {
+        self.0.update(|core, now| core.expire(now));
     }
 }
 
@@ -181,8 +177,8 @@ impl Inner {
             let mut core = self.core.lock();
             let epoch = core.epoch();
             change(&mut core, now);
-            for (hash, warmth) in core.drain_changes() {
-                self.index.set(hash, warmth);
+            for (id, residency) in core.drain_changes() {
+                self.index.set(id, residency);
             }
             // Sent under the lock, so that commands keep their order.
             if core.has_commands() {

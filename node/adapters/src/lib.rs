@@ -1,8 +1,8 @@
 //! The right weights in memory: content-addressed store, tiered cache, leases.
 //!
 //! Reading order: [`lease`] is what the batch holds; [`cache`] decides what stays and what goes (pure);
-//! [`residency`] answers "is it warm?" without a lock; [`bundle`] and [`store`] keep adapter files encrypted
-//! on disk under their content hash, [`import`] takes them from a plain directory; [`loader`] turns a stored
+//! [`residency`] answers "is it warm?" without a lock; [`store`] keeps adapter files encrypted on disk (as a [`bundle`], each
+//! tenant's copy apart), [`import`] takes them from a plain directory; [`loader`] turns a stored
 //! object into packed matrices; [`handle`] is what queue and engine talk to; [`actor`] loads off the hot path.
 //!
 //! **Invariant.** While a lease lives, its slot keeps its adapter and its generation.
@@ -23,9 +23,9 @@ pub mod handle;
 pub mod metrics;
 pub mod actor;
 
-pub use cache::{CacheConfig, CacheStats, Owner, Urgency};
+pub use cache::{CacheConfig, CacheStats};
 pub use handle::{AdapterCache, LeaseDecision};
 pub use lease::Lease;
 pub use loader::{DiskLoader, KeySource, LoadError, Loader};
-pub use residency::Warmth;
+pub use store::incoming::{Incoming, Received};
 pub use store::{Store, StoreError};

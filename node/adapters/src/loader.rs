@@ -8,13 +8,13 @@ use std::sync::Arc;
 
 use model::adapter::{AdapterError, AdapterFiles, AdapterLimits, LoraAdapter};
 use model::base::BaseModel;
+use shared::adapter::AdapterRef;
 use shared::error::{ErrorKind, RequestError};
 use shared::hash::ContentHash;
 use shared::id::TenantId;
 use shared::seal::TenantKey;
 use zeroize::Zeroize;
 
-use crate::cache::Owner;
 use crate::store::{Store, StoreError};
 
 /// Verified adapter files in host memory; wiped when the last holder drops them.
@@ -71,6 +71,9 @@ pub enum LoadError {
     /// The disk failed: see the log for the system's words.
     #[error("the adapter's files could not be read: {0}")]
     Disk(String),
+    /// Reading did not end in time: the disk hangs. It is tried again after a back-off.
+    #[error("the adapter's files could not be read in time; hint: retry later")]
+    TimedOut,
     /// The files break a rule, by name.
     #[error(transparent)]
     Refused(AdapterError),
@@ -117,11 +120,11 @@ impl From<LoadError> for RequestError {
 
 /// Brings adapters into memory. Called on blocking threads, several at a time.
 pub trait Loader: Send + Sync + 'static {
-    /// Reads and verifies the files of `hash`, which belongs to `owner`.
+    /// Reads and verifies the files of `adapter`.
     ///
     /// # Errors
     /// [`LoadError`]; nothing is kept then.
-    fn fetch(&self, owner: &Owner, hash: &ContentHash) -> Result<HostFiles, LoadError>;
+    fn fetch(&self, adapter: &AdapterRef) -> Result<HostFiles, LoadError>;
 
     /// Checks and packs verified files.
     ///
@@ -155,18 +158,14 @@ impl fmt::Debug for DiskLoader {
 }
 
 impl Loader for DiskLoader {
-    fn fetch(&self, owner: &Owner, hash: &ContentHash) -> Result<HostFiles, LoadError> {
-        let key = self.keys.tenant_key(&owner.tenant).ok_or(LoadError::Sealed)?;
-        Ok(self.store.read(&key, &owner.tenant, hash)?)
+    fn fetch(&self, adapter: &AdapterRef) -> Result<HostFiles, LoadError> {
+        let key = self.keys.tenant_key(&adapter.tenant).ok_or(LoadError::Sealed)?;
+        Ok(self.store.read(&key, adapter)?)
     }
 
     fn pack(&self, hash: &ContentHash, files: &HostFiles) -> Result<LoraAdapter, LoadError> {
         let checked =
             model::adapter::check(files.files(), &self.base.info, &self.limits).map_err(LoadError::Refused)?;
-        // The store has compared the hash already; this one guards against mixing up two loads in memory.
-        if checked.hash() != *hash {
-            return Err(LoadError::Damaged);
-        }
-        checked.pack(&self.base.weights).map_err(LoadError::Refused)
+        checked.pack(*hash, &self.base.weights).map_err(LoadError::Refused)
     }
 }

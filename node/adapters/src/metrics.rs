@@ -16,6 +16,7 @@ const BYTES: &str = "tenantry_adapter_bytes";
 const RESIDENT: &str = "tenantry_adapter_resident";
 const LEASED: &str = "tenantry_adapter_leased";
 const LOADING: &str = "tenantry_adapter_loading";
+const STUCK: &str = "tenantry_adapter_reads_stuck";
 
 /// Tells the recorder what the metrics mean; called once at start.
 pub fn describe() {
@@ -31,6 +32,10 @@ pub fn describe() {
     describe_gauge!(RESIDENT, "adapters in engine memory; sampled by the cache's timer");
     describe_gauge!(LEASED, "adapters in engine memory that running requests hold; sampled by the cache's timer");
     describe_gauge!(LOADING, "loads under way; sampled by the cache's timer");
+    describe_gauge!(
+        STUCK,
+        "loads given up whose reader is still blocked: the disk hangs; sampled by the cache's timer"
+    );
 }
 
 /// Where a load came from and went to.
@@ -51,4 +56,5 @@ pub(crate) fn sample(stats: &CacheStats, disk_bytes: Option<u64>) {
     gauge!(RESIDENT).set(stats.resident as f64);
     gauge!(LEASED).set(stats.leased as f64);
     gauge!(LOADING).set(stats.loading as f64);
+    gauge!(STUCK).set(stats.stuck as f64);
 }

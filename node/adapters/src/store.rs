@@ -1,40 +1,42 @@
 //! Adapter files on disk: sealed, content-addressed, written whole or not at all, verified on every read.
 //!
 //! ```text
-//! <dir>/objects/ab/<object id>   sealed bundle · BLAKE3 of the sealed bytes (32 bytes)
-//! <dir>/tmp/                     being written; emptied at open
-//! <dir>/quarantine/<object id>   damaged, kept for a human
+//! <dir>/objects/ab/<adapter id>   sealed bundle
+//! <dir>/tmp/                      being written; emptied at open
+//! <dir>/quarantine/<adapter id>   damaged, kept for a human
 //! ```
-//! The object id is a hash over (tenant, content hash): no path ever contains text that a tenant chose, and
+//! The adapter id is a hash over (tenant, content hash): no path ever contains text that a tenant chose, and
 //! two tenants that upload the same bytes hold two objects under two keys, so that erasing one leaves the
-//! other. The outer checksum tells damage (set the file aside) from a wrong key (leave it alone).
+//! other. The sealed form tells damage (set the file aside) from a wrong key (leave it alone).
 //!
-//! Files are read into memory, never mapped: a file cut short under a mapping would kill the process. All
-//! calls block; the cache's loader and the upload path call them on blocking threads. Which version a name
-//! points at is the registry's business.
+//! New objects come through [`incoming`]. Files are read into memory, never mapped: a file cut short under a
+//! mapping would kill the process. All calls block; the cache's loader and the upload path call them on blocking
+//! threads. Which version a name points at is the registry's business.
 
+use std::collections::HashSet;
 use std::fs;
-use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::io::{self, Read as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use model::adapter::AdapterFiles;
 use parking_lot::Mutex;
+use shared::adapter::{AdapterId, AdapterRef};
 use shared::error::{ErrorKind, RequestError};
 use shared::hash::ContentHash;
-use shared::id::TenantId;
-use shared::seal::{self, SEAL_OVERHEAD_BYTES, SealError, TenantKey};
+use shared::seal::object::{HEADER_BYTES, Opener, SEGMENT_BYTES, sealed_bytes};
+use shared::seal::{SealError, TAG_BYTES, TenantKey};
+
+use zeroize::Zeroizing;
 
 use crate::bundle;
 use crate::loader::HostFiles;
 
+pub mod incoming;
 pub(crate) mod nofollow;
 #[cfg(test)]
 mod tests;
-
-const CHECKSUM_BYTES: usize = 32;
 
 /// Why the store could not do it.
 #[derive(Debug, thiserror::Error)]
@@ -107,7 +109,6 @@ struct Inner {
     dir: PathBuf,
     budget_bytes: u64,
     used_bytes: AtomicU64,
-    n_objects: AtomicU64,
     next_tmp: AtomicU64,
     /// Held while a name appears, changes or goes, so that the counts follow what is there.
     names: Mutex<()>,
@@ -124,89 +125,73 @@ impl Store {
     pub fn open(dir: &Path, budget_bytes: u64) -> Result<Self, StoreError> {
         for part in ["objects", "tmp", "quarantine"] {
             let path = dir.join(part);
-            let mut builder = fs::DirBuilder::new();
-            builder.recursive(true).mode(0o700).create(&path).map_err(io_error("create", &path))?;
+            create_private(&path)?;
         }
         let tmp = dir.join("tmp");
         for entry in fs::read_dir(&tmp).map_err(io_error("list", &tmp))? {
             let path = entry.map_err(io_error("list", &tmp))?.path();
             fs::remove_file(&path).map_err(io_error("remove", &path))?;
         }
-        let (used_bytes, n_objects) = count_objects(&dir.join("objects"))?;
+        let mut used_bytes = 0;
+        for_each_object(&dir.join("objects"), |_, meta| {
+            used_bytes += meta.len();
+            Ok(())
+        })?;
         Ok(Self(Arc::new(Inner {
             dir: dir.to_owned(),
             budget_bytes,
             used_bytes: AtomicU64::new(used_bytes),
-            n_objects: AtomicU64::new(n_objects),
             next_tmp: AtomicU64::new(0),
             names: Mutex::new(()),
         })))
     }
 
-    /// Seals and stores an adapter; durable when this returns. Storing what is there already is cheap and
-    /// harmless, and repairs it if it was damaged.
+    /// Removes every object that is not among `named`: what a crash left between storing and registering, or between
+    /// taking a name back and deleting. Called before the node serves. How many there were.
     ///
     /// # Errors
-    /// [`StoreError::Full`] when budget or disk are full; nothing of the object stays then.
-    pub fn put(&self, key: &TenantKey, tenant: &TenantId, files: &AdapterFiles) -> Result<ContentHash, StoreError> {
-        let hash = files.content_hash();
-        match self.read(key, tenant, &hash) {
-            Ok(_) => return Ok(hash),
-            // A file under an old key of the same tenant is of no use: it is replaced.
-            Err(StoreError::NotFound { .. } | StoreError::Damaged { .. } | StoreError::Seal(_)) => {}
-            Err(error) => return Err(error),
-        }
-        let mut sealed = seal::seal(key, tenant, &hash, &bundle::encode(files));
-        let checksum = *blake3::hash(&sealed).as_bytes();
-        sealed.extend_from_slice(&checksum);
-        self.write(&object_id(tenant, &hash), &sealed)?;
-        Ok(hash)
+    /// [`StoreError::Io`]; some may be gone already then.
+    pub fn sweep(&self, named: &HashSet<AdapterId>) -> Result<usize, StoreError> {
+        let named: HashSet<String> = named.iter().map(AdapterId::to_string).collect();
+        let mut removed = 0;
+        for_each_object(&self.0.dir.join("objects"), |path, meta| {
+            if path.file_name().and_then(|name| name.to_str()).is_some_and(|name| named.contains(name)) {
+                return Ok(());
+            }
+            fs::remove_file(path).map_err(io_error("remove", path))?;
+            self.forget(meta.len());
+            removed += 1;
+            Ok(())
+        })?;
+        Ok(removed)
     }
 
-    /// Reads, verifies and opens an adapter. Damaged files are moved to the quarantine.
+    /// Reads and opens an adapter. Damaged files are moved to the quarantine.
     ///
     /// # Errors
     /// [`StoreError::NotFound`], [`StoreError::Damaged`], [`StoreError::Seal`], [`StoreError::Io`].
-    pub fn read(&self, key: &TenantKey, tenant: &TenantId, hash: &ContentHash) -> Result<HostFiles, StoreError> {
-        let id = object_id(tenant, hash);
-        let path = self.object_path(&id);
-        let stored = match nofollow::open_regular(&path) {
-            Ok((file, bytes)) => read_exactly(file, bytes).map_err(io_error("read", &path))?,
+    pub fn read(&self, key: &TenantKey, adapter: &AdapterRef) -> Result<HostFiles, StoreError> {
+        let path = self.object_path(&adapter.id());
+        let (mut file, n_bytes) = match nofollow::open_regular(&path) {
+            Ok(opened) => opened,
             Err(source) if source.kind() == io::ErrorKind::NotFound => {
-                return Err(StoreError::NotFound { hash: *hash });
+                return Err(StoreError::NotFound { hash: adapter.hash });
             }
             Err(source) => return Err(StoreError::Io { action: "open", path, source }),
         };
-        let damaged = |what| {
-            self.quarantine(&id, &stored);
-            StoreError::Damaged { hash: *hash, what }
-        };
-        if stored.len() < SEAL_OVERHEAD_BYTES + CHECKSUM_BYTES {
-            return Err(damaged("cut short"));
+        let read = read_object(&mut file, n_bytes, key, adapter, &path);
+        if matches!(read, Err(StoreError::Damaged { .. })) {
+            self.quarantine(&adapter.id(), &file);
         }
-        let (sealed, checksum) = stored.split_at(stored.len() - CHECKSUM_BYTES);
-        if blake3::hash(sealed).as_bytes() != checksum {
-            return Err(damaged("checksum"));
-        }
-        let plain = seal::open(key, tenant, hash, sealed).map_err(StoreError::Seal)?;
-        let files = HostFiles::new(bundle::decode(&plain).map_err(|_| damaged("bundle"))?);
-        if files.files().content_hash() != *hash {
-            return Err(damaged("content hash"));
-        }
-        Ok(files)
-    }
-
-    /// Whether the store holds a file for this adapter; says nothing of its health.
-    pub fn contains(&self, tenant: &TenantId, hash: &ContentHash) -> bool {
-        fs::symlink_metadata(self.object_path(&object_id(tenant, hash))).is_ok_and(|meta| meta.is_file())
+        read
     }
 
     /// Removes an adapter for good. Whether there was one.
     ///
     /// # Errors
     /// [`StoreError::Io`].
-    pub fn delete(&self, tenant: &TenantId, hash: &ContentHash) -> Result<bool, StoreError> {
-        let path = self.object_path(&object_id(tenant, hash));
+    pub fn delete(&self, adapter: &AdapterRef) -> Result<bool, StoreError> {
+        let path = self.object_path(&adapter.id());
         let _names = self.0.names.lock();
         let bytes = match fs::symlink_metadata(&path) {
             Ok(meta) => meta.len(),
@@ -224,49 +209,14 @@ impl Store {
         self.0.used_bytes.load(Ordering::Relaxed)
     }
 
-    /// Number of objects.
-    pub fn n_objects(&self) -> u64 {
-        self.0.n_objects.load(Ordering::Relaxed)
-    }
-
     /// Most bytes of all objects.
     pub fn budget_bytes(&self) -> u64 {
         self.0.budget_bytes
     }
 
-    fn object_path(&self, id: &str) -> PathBuf {
+    fn object_path(&self, id: &AdapterId) -> PathBuf {
+        let id = id.to_string();
         self.0.dir.join("objects").join(&id[..2]).join(id)
-    }
-
-    /// tmp → fsync → rename → fsync of the directory: after a crash at any point the object is there in full
-    /// or not at all.
-    fn write(&self, id: &str, bytes: &[u8]) -> Result<(), StoreError> {
-        let n_bytes = bytes.len() as u64;
-        self.reserve(n_bytes)?;
-        let tmp = self.0.dir.join("tmp").join(format!("{id}.{}", self.0.next_tmp.fetch_add(1, Ordering::Relaxed)));
-        let written = write_tmp(&tmp, bytes).and_then(|()| self.publish(&tmp, &self.object_path(id)));
-        written.map_err(|error| {
-            self.forget(n_bytes);
-            // Best effort: what stays is removed at the next open.
-            let _ = fs::remove_file(&tmp);
-            self.full_or(error, n_bytes)
-        })
-    }
-
-    /// Gives a finished file its name; it replaces one that may be there.
-    fn publish(&self, tmp: &Path, path: &Path) -> Result<(), StoreError> {
-        let shard = path.parent().expect("objects lie in a shard directory");
-        let _names = self.0.names.lock();
-        if !shard.is_dir() {
-            fs::DirBuilder::new().recursive(true).mode(0o700).create(shard).map_err(io_error("create", shard))?;
-            sync_parent(shard)?;
-        }
-        let replaced_bytes = fs::symlink_metadata(path).map(|meta| meta.len()).ok();
-        fs::rename(tmp, path).map_err(io_error("rename", tmp))?;
-        if let Some(bytes) = replaced_bytes {
-            self.forget(bytes);
-        }
-        sync_parent(path)
     }
 
     fn reserve(&self, n_bytes: u64) -> Result<(), StoreError> {
@@ -274,18 +224,11 @@ impl Store {
         let taken = self.0.used_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
             used.checked_add(n_bytes).filter(|&total| total <= budget_bytes)
         });
-        match taken {
-            Ok(_) => {
-                self.0.n_objects.fetch_add(1, Ordering::Relaxed);
-                Ok(())
-            }
-            Err(used_bytes) => Err(StoreError::Full { needed_bytes: n_bytes, used_bytes, budget_bytes }),
-        }
+        taken.map(drop).map_err(|used_bytes| StoreError::Full { needed_bytes: n_bytes, used_bytes, budget_bytes })
     }
 
     fn forget(&self, n_bytes: u64) {
         self.0.used_bytes.fetch_sub(n_bytes, Ordering::Relaxed);
-        self.0.n_objects.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// A full disk is told like a full budget; both mean the same to the uploader.
@@ -302,40 +245,74 @@ impl Store {
 
     /// Moves a file out of the way, if it still is the one that was found damaged: a new upload may have
     /// replaced it meanwhile.
-    fn quarantine(&self, id: &str, found: &[u8]) {
+    fn quarantine(&self, id: &AdapterId, found: &fs::File) {
         let path = self.object_path(id);
         let _names = self.0.names.lock();
-        let same = nofollow::open_regular(&path).and_then(|(file, bytes)| read_exactly(file, bytes));
-        if !same.is_ok_and(|bytes| bytes == found) {
+        let same = found.metadata().and_then(|found| {
+            let there = fs::symlink_metadata(&path)?;
+            Ok((found.dev(), found.ino()) == (there.dev(), there.ino()))
+        });
+        if !same.unwrap_or(false) {
             return;
         }
-        match fs::rename(&path, self.0.dir.join("quarantine").join(id)) {
+        let n_bytes = found.metadata().map_or(0, |meta| meta.len());
+        match fs::rename(&path, self.0.dir.join("quarantine").join(id.to_string())) {
             Ok(()) => {
-                self.forget(found.len() as u64);
-                tracing::error!(object = id, "stored adapter is damaged and was moved to quarantine");
+                self.forget(n_bytes);
+                tracing::error!(object = %id, "stored adapter is damaged and was moved to quarantine");
             }
             // The error that the reader gets says the rest.
-            Err(error) => tracing::warn!(object = id, %error, "damaged adapter could not be moved to quarantine"),
+            Err(error) => tracing::warn!(object = %id, %error, "damaged adapter could not be moved to quarantine"),
         }
     }
 }
 
-/// Name of an object: a function of tenant and content that reveals neither.
-fn object_id(tenant: &TenantId, hash: &ContentHash) -> String {
-    let mut hasher = blake3::Hasher::new_derive_key("tenantry adapter store object v1");
-    hasher.update(&(tenant.as_str().len() as u64).to_le_bytes());
-    hasher.update(tenant.as_str().as_bytes());
-    hasher.update(&hash.0);
-    hasher.finalize().to_hex().to_string()
+/// Reads an object of `n_bytes` from the front of `file` and opens it in the buffer it was read into: no copy, and no
+/// hash of the content, which the object's place tag vouches for.
+fn read_object(
+    file: &mut fs::File,
+    n_bytes: u64,
+    key: &TenantKey,
+    adapter: &AdapterRef,
+    path: &Path,
+) -> Result<HostFiles, StoreError> {
+    let damaged = |what| StoreError::Damaged { hash: adapter.hash, what };
+    let sealed = |error| match error {
+        SealError::NotSealed { .. } => damaged("no sealed object"),
+        SealError::Damaged { what } => damaged(what),
+        other => StoreError::Seal(other),
+    };
+    let mut header = [0_u8; HEADER_BYTES];
+    if n_bytes < HEADER_BYTES as u64 {
+        return Err(damaged("cut short"));
+    }
+    file.read_exact(&mut header).map_err(io_error("read", path))?;
+    let mut opener = Opener::new(key, &adapter.tenant, &adapter.hash, &header).map_err(sealed)?;
+    if sealed_bytes(opener.content_bytes()) != Some(n_bytes) {
+        return Err(damaged("length"));
+    }
+    let content_bytes = usize::try_from(opener.content_bytes()).map_err(|_| damaged("length"))?;
+    // Each tag lies where the next segment goes. Wiped on every way out.
+    let mut content = Zeroizing::new(vec![0_u8; content_bytes + TAG_BYTES]);
+    for at in (0..content_bytes).step_by(SEGMENT_BYTES) {
+        let end = (at + SEGMENT_BYTES).min(content_bytes) + TAG_BYTES;
+        let segment = &mut content[at..end];
+        file.read_exact(segment).map_err(io_error("read", path))?;
+        opener.open_segment(segment).map_err(sealed)?;
+    }
+    content.truncate(content_bytes);
+    bundle::split(std::mem::take(&mut *content)).map(HostFiles::new).map_err(|_| damaged("bundle"))
 }
 
 fn io_error<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> StoreError + 'a {
     move |source| StoreError::Io { action, path: path.to_owned(), source }
 }
 
-/// Total size and number of the objects; ignores anything that is not a plain file.
-fn count_objects(objects: &Path) -> Result<(u64, u64), StoreError> {
-    let (mut bytes, mut n_objects) = (0, 0);
+/// Calls `each` for every object; passes over anything that is not a plain file.
+fn for_each_object(
+    objects: &Path,
+    mut each: impl FnMut(&Path, fs::Metadata) -> Result<(), StoreError>,
+) -> Result<(), StoreError> {
     for shard in fs::read_dir(objects).map_err(io_error("list", objects))? {
         let shard = shard.map_err(io_error("list", objects))?;
         if !shard.file_type().is_ok_and(|kind| kind.is_dir()) {
@@ -348,27 +325,15 @@ fn count_objects(objects: &Path) -> Result<(u64, u64), StoreError> {
             if let Ok(meta) = object.metadata()
                 && meta.is_file()
             {
-                bytes += meta.len();
-                n_objects += 1;
+                each(&object.path(), meta)?;
             }
         }
     }
-    Ok((bytes, n_objects))
+    Ok(())
 }
 
-/// Reads a file whose size was looked up after opening; one that shrinks or grows meanwhile is an error.
-fn read_exactly(file: fs::File, n_bytes: u64) -> io::Result<Vec<u8>> {
-    let wanted = usize::try_from(n_bytes).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
-    let mut bytes = Vec::with_capacity(wanted);
-    file.take(n_bytes).read_to_end(&mut bytes)?;
-    if bytes.len() == wanted { Ok(bytes) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
-}
-
-fn write_tmp(tmp: &Path, bytes: &[u8]) -> Result<(), StoreError> {
-    let mut options = fs::OpenOptions::new();
-    let mut file = options.write(true).create_new(true).mode(0o600).open(tmp).map_err(io_error("create", tmp))?;
-    file.write_all(bytes).map_err(io_error("write", tmp))?;
-    file.sync_all().map_err(io_error("sync", tmp))
+fn create_private(dir: &Path) -> Result<(), StoreError> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(io_error("create", dir))
 }
 
 fn sync_parent(path: &Path) -> Result<(), StoreError> {

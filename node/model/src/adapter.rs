@@ -30,6 +30,7 @@ use shared::hash::ContentHash;
 
 use crate::info::{Linear, ModelInfo};
 
+pub use config::CONFIG_BYTES_MAX;
 pub use pack::CheckedAdapter;
 
 /// A packed adapter, ready for the forward pass. It fits one base model: DoRA factors are made from its weights.
@@ -103,17 +104,40 @@ impl AdapterFiles {
         }
     }
 
-    /// Identity of the content: BLAKE3 keyed to this use, over the format, then length and bytes of each
-    /// file, so that no two splits of the same bytes agree.
+    /// Identity of the content, as [`ContentHasher`] defines it.
     pub fn content_hash(&self) -> ContentHash {
-        let mut hasher = blake3::Hasher::new_derive_key("tenantry adapter content v1");
-        let parts: &[&[u8]] = match self {
-            Self::Peft { config, weights } => &[b"peft", config, weights],
-            Self::Gguf(bytes) => &[b"gguf", bytes],
-        };
-        for part in parts {
-            hasher.update(&(part.len() as u64).to_le_bytes());
-            hasher.update(part);
+        let mut hasher = ContentHasher::default();
+        match self {
+            Self::Peft { config, weights } => {
+                hasher.update(weights);
+                hasher.finish(Some(config))
+            }
+            Self::Gguf(bytes) => {
+                hasher.update(bytes);
+                hasher.finish(None)
+            }
+        }
+    }
+}
+
+/// Content hash of an adapter whose weights, or GGUF file, arrive piece by piece: BLAKE3 keyed to this use, over the
+/// format and the BLAKE3 of each file, so that no two splits of the same bytes agree.
+#[derive(Default)]
+pub struct ContentHasher(blake3::Hasher);
+
+impl ContentHasher {
+    /// The next bytes of the weights or of the GGUF file.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// The hash of a PEFT adapter with its configuration, or of a GGUF file without one.
+    pub fn finish(self, config: Option<&[u8]>) -> ContentHash {
+        let mut hasher = blake3::Hasher::new_derive_key("tenantry adapter content v2");
+        hasher.update(if config.is_some() { b"peft" } else { b"gguf" });
+        hasher.update(self.0.finalize().as_bytes());
+        if let Some(config) = config {
+            hasher.update(blake3::hash(config).as_bytes());
         }
         ContentHash(*hasher.finalize().as_bytes())
     }

@@ -14,12 +14,12 @@
 use std::collections::{BTreeSet, HashMap};
 use std::time::Instant;
 
-use shared::hash::ContentHash;
+use shared::adapter::{AdapterId, Residency};
 use shared::id::{RequestId, Route, TenantId};
 use shared::tenant::Tier;
 
 use crate::drain::DrainRate;
-use crate::item::{FairConfig, Item, Picked, Residency, SubmitError};
+use crate::item::{FairConfig, Item, Picked, SubmitError};
 use crate::virtual_time::VirtualTime;
 
 mod lines;
@@ -53,7 +53,7 @@ pub struct FairQueue<T> {
     waiting: HashMap<RequestId, (RouteIdx, u64)>,
     running: HashMap<RequestId, Running>,
     deadlines: BTreeSet<(Instant, u64, RouteIdx)>,
-    groups: HashMap<ContentHash, Group>,
+    groups: HashMap<AdapterId, Group>,
     /// Passed their deadline, not yet reported.
     expired: Vec<(Item, T)>,
     next_seq: u64,
@@ -322,8 +322,8 @@ impl<T> FairQueue<T> {
         let (id, adapter) = (picked.item.id, picked.item.adapter);
         self.insert(route, picked.seq, Entry { item: picked.item, payload: picked.payload });
         self.left(id);
-        if let Some(hash) = &adapter {
-            self.set_parked(hash, true);
+        if let Some(adapter_id) = &adapter {
+            self.set_parked(adapter_id, true);
         }
     }
 

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
-use shared::hash::ContentHash;
+use shared::adapter::AdapterId;
 use shared::id::{RequestId, Route};
 use shared::tenant::Tier;
 
@@ -144,7 +144,7 @@ impl<T> Queue<T> {
 
     /// The next `k` adapters in [fair order](FairQueue::wanted), and whether their slots must be
     /// [drained](FairQueue::draining): what the adapter cache is told before or after each pull.
-    pub fn wanted(&self, k: usize) -> (Vec<ContentHash>, bool) {
+    pub fn wanted(&self, k: usize) -> (Vec<AdapterId>, bool) {
         let core = self.0.core.lock();
         (core.wanted(k), core.draining())
     }
@@ -208,11 +208,10 @@ impl<T> Queue<T> {
 mod tests {
     use std::thread;
 
+    use shared::adapter::{AdapterId, Residency};
     use shared::clock::{Clock, SystemClock};
-    use shared::hash::ContentHash;
 
     use super::*;
-    use crate::item::Residency;
 
     struct NoAdapters;
 
@@ -221,11 +220,11 @@ mod tests {
             0
         }
 
-        fn residency(&mut self, _hash: &ContentHash) -> Residency {
+        fn residency(&mut self, _id: &AdapterId) -> Residency {
             Residency::Absent
         }
 
-        fn settled(&mut self, _out: &mut Vec<ContentHash>) {}
+        fn settled(&mut self, _out: &mut Vec<AdapterId>) {}
     }
 
     const ROOM: Room = Room { sequences: 8, kv_tokens: 1 << 20 };

@@ -4,8 +4,8 @@
 
 use std::time::{Duration, Instant};
 
+use shared::adapter::{AdapterId, Residency};
 use shared::error::{ErrorKind, RequestError};
-use shared::hash::ContentHash;
 use shared::id::{RequestId, Route};
 use shared::request::Envelope;
 use shared::tenant::Tier;
@@ -26,7 +26,7 @@ pub struct Item {
     /// Requests that may wait on the route.
     pub queue_depth: u32,
     /// Weights it needs; `None` runs the base model.
-    pub adapter: Option<ContentHash>,
+    pub adapter: Option<AdapterId>,
     /// Places in the batch it takes.
     pub n_sequences: u32,
     /// Prompt tokens: charged when it is picked, corrected by what was really computed.
@@ -56,7 +56,7 @@ impl Item {
             weight: envelope.weight,
             concurrency: envelope.concurrency,
             queue_depth: envelope.queue_depth,
-            adapter: envelope.adapter.as_ref().map(|pin| pin.hash),
+            adapter: envelope.adapter.as_ref().map(|pin| pin.adapter().id()),
             n_sequences: envelope.n_sequences(),
             prompt_tokens,
             kv_tokens: prompt_tokens.saturating_add(answer_tokens.saturating_mul(envelope.n_sequences())),
@@ -75,32 +75,16 @@ pub struct Room {
     pub kv_tokens: u32,
 }
 
-/// Where an adapter is, as far as a queued request cares.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Residency {
-    /// In the engine; may be leased now.
-    Ready,
-    /// On its way and sure of a slot.
-    Loading,
-    /// Every slot is held by adapters that are running: someone must leave first.
-    NoSlot,
-    /// Nobody asked for it yet, or it was evicted.
-    Absent,
-    /// It cannot be loaded: the request is handed out in its turn, so that its owner can refuse it or let the
-    /// base answer.
-    Failed,
-}
-
 /// The adapter cache, seen from the queue. Calls are made under the queue's lock: they must be short.
 pub trait AdapterView {
     /// Changes whenever an adapter became [`Residency::Ready`] or [`Residency::Failed`].
     fn epoch(&self) -> u64;
 
     /// Where one adapter is.
-    fn residency(&mut self, hash: &ContentHash) -> Residency;
+    fn residency(&mut self, adapter_id: &AdapterId) -> Residency;
 
     /// Appends the adapters that are ready or failed; asked only when the epoch changed.
-    fn settled(&mut self, out: &mut Vec<ContentHash>);
+    fn settled(&mut self, out: &mut Vec<AdapterId>);
 }
 
 /// A request whose turn has come. It counts as running until [`crate::FairQueue::left`] or

@@ -22,4 +22,4 @@ pub mod actor;
 
 pub use fair::FairQueue;
 pub use handle::{Queue, Ticket};
-pub use item::{AdapterView, FairConfig, Item, Picked, Residency, Room, SubmitError};
+pub use item::{AdapterView, FairConfig, Item, Picked, Room, SubmitError};

@@ -1,20 +1,16 @@
-//! Adapter versions: an upload is checked in full, stored under its content hash, then registered.
-//!
-//! Order matters: the bytes are durable before the registry names them, so a crash in between leaves an
-//! unreferenced object and never a name without content.
+//! Adapter versions: the forms of uploads, and removal. What becomes of an upload is `app::upload`'s business.
 
 use axum::body::Body;
 use axum::extract::multipart::MultipartError;
 use axum::extract::{Multipart, Path, State};
 use axum::http::{Response, StatusCode};
 use coordinator::registry::command::Action;
-use coordinator::registry::record::{AdapterKind, AdapterRecord};
-use model::adapter::AdapterFiles;
 use shared::error::{ErrorKind, RequestError};
 use shared::id::{AdapterName, TenantId};
 
 use super::api::{AdapterView, Done};
 use super::{Admin, Shared, answer, parse};
+use crate::app::upload::{Part, Upload};
 
 pub(super) async fn upload(
     State(admin): Shared,
@@ -44,46 +40,16 @@ pub(super) async fn remove(State(admin): Shared, Path((tenant, name)): Path<(Str
 
 async fn store(admin: &Admin, tenant: &str, name: &str, form: &mut Multipart) -> Result<AdapterView, RequestError> {
     let (tenant, name) = owned(tenant, name)?;
-    let snapshot = admin.app.registry().snapshot();
-    let owner = snapshot
-        .tenant(&tenant)
-        .cloned()
-        .ok_or_else(|| RequestError::new(ErrorKind::NotFound, "not_found", format!("there is no tenant {tenant}")))?;
-    let files = read_files(form).await?;
-    let stored = admin.app.store_adapter(owner, &name, files).await?;
-    let (kind, kind_text) = if stored.is_gguf { (AdapterKind::Gguf, "gguf") } else { (AdapterKind::Peft, "peft") };
-    let record = AdapterRecord {
-        name: name.clone(),
-        hash: stored.hash,
-        bytes: stored.bytes,
-        rank: stored.rank,
-        kind,
-        uploaded_at_s: admin.app.wall_s(),
-        base: name.base.clone(),
-    };
-    let view = AdapterView {
-        name: name.clone(),
-        hash: stored.hash.to_string(),
-        bytes: record.bytes,
-        rank: record.rank,
-        kind: kind_text.to_owned(),
-        uploaded_at: record.uploaded_at_s,
-    };
-    let action = Action::AddAdapterVersion { tenant: tenant.clone(), adapter: record };
-    if let Err(error) = admin.app.registry().apply(action).await {
-        admin.app.delete_unless_used(&tenant, &stored.hash);
-        return Err(error.into());
-    }
-    tracing::info!(adapter = %name, hash = %stored.hash.short(), bytes = stored.bytes, "adapter version stored");
-    Ok(view)
+    let mut upload = admin.app.begin_upload(&tenant, name).await?;
+    receive(form, &mut upload).await?;
+    let record = admin.app.finish_upload(upload).await?;
+    tracing::info!(adapter = %record.name, hash = %record.hash.short(), bytes = record.bytes, "adapter version stored");
+    Ok(AdapterView::of(&record))
 }
 
 async fn remove_version(admin: &Admin, tenant: &str, name: &str) -> Result<Done, RequestError> {
     let (tenant, name) = owned(tenant, name)?;
-    let applied = admin.app.registry().apply(Action::RemoveAdapterVersion { tenant, name }).await?;
-    for event in &applied.events {
-        admin.app.on_registry_event(event);
-    }
+    let applied = admin.app.change(Action::RemoveAdapterVersion { tenant, name }).await?;
     Ok(Done { done: "adapter version removed".to_owned(), epoch: applied.epoch })
 }
 
@@ -100,34 +66,25 @@ fn owned(tenant: &str, name: &str) -> Result<(TenantId, AdapterName), RequestErr
     Ok((tenant, name))
 }
 
-/// The form's parts: `config` and `weights`, or `gguf`. The body limit bounds their size.
-async fn read_files(form: &mut Multipart) -> Result<AdapterFiles, RequestError> {
-    let (mut config, mut weights, mut gguf) = (None, None, None);
-    while let Some(field) = form.next_field().await.map_err(|error| malformed(&error))? {
-        let slot = match field.name() {
-            Some("config") => &mut config,
-            Some("weights") => &mut weights,
-            Some("gguf") => &mut gguf,
+/// The form's parts, handed on as they arrive. The body limit bounds their size.
+async fn receive(form: &mut Multipart, upload: &mut Upload) -> Result<(), RequestError> {
+    while let Some(mut field) = form.next_field().await.map_err(|error| malformed(&error))? {
+        let part = match field.name() {
+            Some("config") => Part::Config,
+            Some("weights") => Part::Weights,
+            Some("gguf") => Part::Gguf,
             other => {
                 let message =
                     format!("the form has a part {:?}; send config and weights, or gguf", other.unwrap_or_default());
                 return Err(RequestError::new(ErrorKind::Invalid, "invalid_body", message));
             }
         };
-        if slot.is_some() {
-            return Err(RequestError::new(ErrorKind::Invalid, "invalid_body", "a part of the form comes twice"));
+        upload.begin(part)?;
+        while let Some(bytes) = field.chunk().await.map_err(|error| malformed(&error))? {
+            upload.write(bytes).await?;
         }
-        *slot = Some(field.bytes().await.map_err(|error| malformed(&error))?.into());
     }
-    match (config, weights, gguf) {
-        (Some(config), Some(weights), None) => Ok(AdapterFiles::Peft { config, weights }),
-        (None, None, Some(gguf)) => Ok(AdapterFiles::Gguf(gguf)),
-        _ => Err(RequestError::new(
-            ErrorKind::Invalid,
-            "invalid_body",
-            "send the parts config and weights (PEFT), or the part gguf",
-        )),
-    }
+    Ok(())
 }
 
 /// Reads what is left, within the body limit: a client that is still sending would see a broken connection

@@ -1,7 +1,7 @@
 //! The admin API's bodies: what operators send and see. Used by the server, by `tenantry ctl` and by the
 //! OpenAPI document. Field meanings are those of `shared::tenant`.
 
-use coordinator::registry::record::{AdapterKind, TenantRecord};
+use coordinator::registry::record::{AdapterKind, AdapterRecord, TenantRecord};
 use serde::{Deserialize, Serialize};
 use shared::id::{AdapterName, BaseName, TaskName, TenantId};
 use shared::tenant::{Fallback, Limits, TaskPointer, TenantState, Tier};
@@ -232,23 +232,29 @@ pub struct TenantView {
     pub epoch: u64,
 }
 
+impl AdapterView {
+    /// The operator's view of a stored version.
+    pub fn of(record: &AdapterRecord) -> Self {
+        let kind = match record.kind {
+            AdapterKind::Peft => "peft",
+            AdapterKind::Gguf => "gguf",
+        };
+        Self {
+            name: record.name.clone(),
+            hash: record.hash.to_string(),
+            bytes: record.bytes,
+            rank: record.rank,
+            kind: kind.to_owned(),
+            uploaded_at: record.uploaded_at_s,
+        }
+    }
+}
+
 impl TenantView {
     /// The operator's view of a stored record.
     pub fn of(record: &TenantRecord) -> Self {
         let contract = &record.contract;
         let version = |pointer: &Option<TaskPointer>| pointer.as_ref().map(|pointer| pointer.adapter.clone());
-        let kind = |kind: AdapterKind| match kind {
-            AdapterKind::Peft => "peft".to_owned(),
-            AdapterKind::Gguf => "gguf".to_owned(),
-        };
-        let adapters = record.adapters.values().map(|adapter| AdapterView {
-            name: adapter.name.clone(),
-            hash: adapter.hash.to_string(),
-            bytes: adapter.bytes,
-            rank: adapter.rank,
-            kind: kind(adapter.kind),
-            uploaded_at: adapter.uploaded_at_s,
-        });
         let keys = record.keys.values().map(|key| KeyView {
             id: key.id.to_string(),
             created_at: key.created_at_s,
@@ -273,7 +279,7 @@ impl TenantView {
                 .iter()
                 .map(|(task, to)| TaskView { task: task.clone(), version: version(to) })
                 .collect(),
-            adapters: adapters.collect(),
+            adapters: record.adapters.values().map(AdapterView::of).collect(),
             keys: keys.collect(),
             created_at: record.created_at_s,
             epoch: contract.epoch,

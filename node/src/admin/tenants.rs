@@ -189,11 +189,7 @@ async fn add_tenant_key(admin: &Admin, tenant: &str, body: &CreateKey) -> Result
 /// Applies one action to one tenant and tells the rest of the node what followed from it.
 async fn change(admin: &Admin, tenant: &str, action: impl FnOnce(TenantId) -> Action) -> Result<Done, RequestError> {
     let tenant: TenantId = parse("tenant", tenant)?;
-    let Applied { epoch, events } = admin.app.registry().apply(action(tenant)).await?;
-    for event in &events {
-        tracing::info!(?event, epoch, "registry changed");
-        admin.app.on_registry_event(event);
-    }
+    let Applied { epoch, events } = admin.app.change(action(tenant)).await?;
     let done = events.first().map_or_else(|| "nothing to change".to_owned(), describe);
     Ok(Done { done, epoch })
 }

@@ -32,10 +32,10 @@ impl Drop for TestDir {
 #[test]
 fn sealed_content_opens_with_the_same_key_tenant_and_hash() {
     let (key, acme) = (TenantKey::random(), tenant("acme"));
-    for content in [&b""[..], b"x", &vec![7_u8; 100_000]] {
+    for content in [&b""[..], b"x", &vec![7_u8; object::SEGMENT_BYTES], &vec![7_u8; 2 * object::SEGMENT_BYTES + 1]] {
         let hash = ContentHash::of(content);
         let sealed = seal(&key, &acme, &hash, content);
-        assert_eq!(sealed.len(), content.len() + SEAL_OVERHEAD_BYTES);
+        assert_eq!(Some(sealed.len() as u64), object::sealed_bytes(content.len() as u64));
         assert_eq!(open(&key, &acme, &hash, &sealed).expect("opens").as_slice(), content);
     }
 }
@@ -66,11 +66,38 @@ fn every_changed_bit_and_every_cut_is_noticed() {
 }
 
 #[test]
+fn damage_is_told_from_a_key_of_somebody_else() {
+    let (key, acme, content) = (TenantKey::random(), tenant("acme"), vec![1_u8; 1000]);
+    let hash = ContentHash::of(&content);
+    let sealed = seal(&key, &acme, &hash, &content);
+    assert!(matches!(open(&TenantKey::random(), &acme, &hash, &sealed), Err(SealError::DoesNotOpen { .. })));
+    for at in (4..sealed.len()).step_by(7) {
+        let mut changed = sealed.clone();
+        changed[at] ^= 1;
+        assert!(matches!(open(&key, &acme, &hash, &changed), Err(SealError::Damaged { .. })), "byte {at}");
+    }
+}
+
+#[test]
+fn segments_cannot_be_swapped_between_places_or_objects() {
+    let (key, acme) = (TenantKey::random(), tenant("acme"));
+    let content: Vec<u8> = (0..2 * object::SEGMENT_BYTES).map(|at| (at / object::SEGMENT_BYTES) as u8).collect();
+    let hash = ContentHash::of(&content);
+    let (one, two) = (seal(&key, &acme, &hash, &content), seal(&key, &acme, &hash, &content));
+    let middle = object::HEADER_BYTES + object::SEGMENT_BYTES + TAG_BYTES;
+    let swapped = [&one[..object::HEADER_BYTES], &one[middle..], &one[object::HEADER_BYTES..middle]].concat();
+    assert!(open(&key, &acme, &hash, &swapped).is_err(), "another order");
+    let mixed = [&one[..middle], &two[middle..]].concat();
+    assert!(open(&key, &acme, &hash, &mixed).is_err(), "another object's segment");
+}
+
+#[test]
 fn the_same_content_sealed_twice_shares_no_bytes_beyond_the_magic() {
     let (key, acme, content) = (TenantKey::random(), tenant("acme"), vec![0_u8; 4096]);
     let hash = ContentHash::of(&content);
     let (one, two) = (seal(&key, &acme, &hash, &content), seal(&key, &acme, &hash, &content));
-    let equal = one.iter().zip(&two).skip(MAGIC.len()).filter(|(a, b)| a == b).count();
+    // Magic and length are the same.
+    let equal = one.iter().zip(&two).skip(4).filter(|(a, b)| a == b).count();
     assert!(equal < 64, "{equal} of {} bytes are equal, random bytes give about 16", one.len());
 }
 

@@ -27,7 +27,7 @@ pub(crate) fn load(path: &Path, numerics: Numerics) -> Arc<BaseModel> {
 
 pub(crate) fn pack(base: &BaseModel, files: &AdapterFiles) -> Arc<LoraAdapter> {
     let checked = adapter::check(files, &base.info, &AdapterLimits::default()).expect("a valid adapter");
-    Arc::new(checked.pack(&base.weights).expect("an adapter that fits"))
+    Arc::new(checked.pack(files.content_hash(), &base.weights).expect("an adapter that fits"))
 }
 
 /// A sequence in progress.

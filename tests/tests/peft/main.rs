@@ -93,7 +93,8 @@ impl Bench {
             ..AdapterLimits::default()
         };
         let checked = adapter::check(&files, &base.info, &limits).unwrap_or_else(|error| panic!("{name}: {error}"));
-        let packed = checked.pack(&base.weights).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let packed =
+            checked.pack(files.content_hash(), &base.weights).unwrap_or_else(|error| panic!("{name}: {error}"));
         (Arc::new(packed), checked.summary().modules)
     }
 

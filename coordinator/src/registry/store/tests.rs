@@ -265,7 +265,7 @@ const TENANT_V1: &str = r#"{"contract":{"tenant":"acme","state":"active","tier":
 
 #[test]
 fn records_of_version_1_stay_readable_and_newer_ones_are_refused() {
-    let json = TENANT_V1.replace("WWW", &"ab".repeat(32)).replace("KKK", &"cd".repeat(72));
+    let json = TENANT_V1.replace("WWW", &"ab".repeat(32)).replace("KKK", &"cd".repeat(80));
     let mut bytes = vec![1];
     bytes.extend_from_slice(json.as_bytes());
     let found: TenantRecord = record::decode(&bytes).expect("reads");

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use shared::hash::ContentHash;
+use shared::adapter::AdapterId;
 
 use super::{CacheCore, Command, HostPlace, Retired};
 use crate::loader::HostFiles;
@@ -14,15 +14,15 @@ impl CacheCore {
     }
 
     /// The least recently used, unless it waits for a slot itself.
-    fn oldest_unwanted(&self) -> Option<ContentHash> {
-        let (_, hash) = self.host_order.first_key_value()?;
-        self.entries.get(hash).is_some_and(|entry| entry.want_seq.is_none()).then_some(*hash)
+    fn oldest_unwanted(&self) -> Option<AdapterId> {
+        let (_, id) = self.host_order.first_key_value()?;
+        self.entries.get(id).is_some_and(|entry| entry.want_seq.is_none()).then_some(*id)
     }
 
     /// Keeps files if the budget allows it after dropping older ones that nobody waits for.
-    pub(super) fn keep_files(&mut self, hash: ContentHash, files: Arc<HostFiles>) {
+    pub(super) fn keep_files(&mut self, id: AdapterId, files: Arc<HostFiles>) {
         let bytes = files.bytes();
-        let held = self.entries.get(&hash).is_none_or(|entry| entry.host.is_some());
+        let held = self.entries.get(&id).is_none_or(|entry| entry.host.is_some());
         while !held && self.host_bytes + bytes > self.config.host_bytes && bytes <= self.config.host_bytes {
             let Some(oldest) = self.oldest_unwanted() else { break };
             self.drop_host(&oldest);
@@ -33,24 +33,24 @@ impl CacheCore {
             return;
         }
         let used_at = self.next_tick();
-        if let Some(entry) = self.entries.get_mut(&hash) {
+        if let Some(entry) = self.entries.get_mut(&id) {
             entry.host = Some(HostPlace { files, used_at });
-            self.host_order.insert(used_at, hash);
+            self.host_order.insert(used_at, id);
             self.host_bytes += bytes;
         }
     }
 
-    /// The files of `hash`, marked as used.
-    pub(super) fn touch_host(&mut self, hash: &ContentHash, tick: u64) -> Option<Arc<HostFiles>> {
-        let place = self.entries.get_mut(hash)?.host.as_mut()?;
+    /// The files of `id`, marked as used.
+    pub(super) fn touch_host(&mut self, id: &AdapterId, tick: u64) -> Option<Arc<HostFiles>> {
+        let place = self.entries.get_mut(id)?.host.as_mut()?;
         self.host_order.remove(&place.used_at);
         place.used_at = tick;
-        self.host_order.insert(tick, *hash);
+        self.host_order.insert(tick, *id);
         Some(Arc::clone(&place.files))
     }
 
-    pub(super) fn drop_host(&mut self, hash: &ContentHash) {
-        let Some(place) = self.entries.get_mut(hash).and_then(|entry| entry.host.take()) else { return };
+    pub(super) fn drop_host(&mut self, id: &AdapterId) {
+        let Some(place) = self.entries.get_mut(id).and_then(|entry| entry.host.take()) else { return };
         self.host_order.remove(&place.used_at);
         self.host_bytes -= place.files.bytes();
         self.commands.push(Command::Retire(Retired::Files(place.files)));

@@ -4,112 +4,96 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use model::adapter::LoraAdapter;
-use shared::hash::ContentHash;
+use shared::adapter::AdapterId;
 
-use super::{CacheCore, Command, Job, LoadJob, Loaded, Occupant, Retired};
+use super::{CacheCore, Command, Job, LoadJob, Loaded, Occupant, READ_MAX, Retired, STUCK_MAX, STUCK_PER_ADAPTER_MAX};
 use crate::loader::LoadError;
-
-/// Whom a slot may be taken from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Claim {
-    /// A queued request at this place of the fair order (not in it: `usize::MAX`).
-    Queued(usize),
-    /// Pre-warming: from probation only.
-    Prewarm,
-}
 
 impl CacheCore {
     /// Assigns slots in the queue's order, then in order of asking, and starts loads. Stops at the first that
     /// finds no slot: giving one to somebody behind it would be unfair.
     pub(super) fn plan(&mut self, now: Instant) {
+        self.assign_slots(now);
+        // A load that may not start gives its slot back.
+        while self.start_loads(now) {
+            self.assign_slots(now);
+        }
+        self.start_fetches(now);
+    }
+
+    fn assign_slots(&mut self, now: Instant) {
         let mut blocked = false;
         for place in 0..self.order.len() {
-            let hash = self.order[place];
-            if self.needs_slot(&hash) && !self.assign(now, hash, Claim::Queued(place)) {
+            let id = self.order[place];
+            if self.needs_slot(&id) && !self.assign(now, id, place) {
                 blocked = true;
                 break;
             }
         }
         while !blocked {
-            let Some((&seq, &hash)) = self.wants.first_key_value() else { break };
-            if !self.needs_slot(&hash) {
+            let Some((&seq, &id)) = self.wants.first_key_value() else { break };
+            if !self.needs_slot(&id) {
                 self.wants.remove(&seq);
             } else {
-                blocked = !self.assign(now, hash, Claim::Queued(usize::MAX));
+                blocked = !self.assign(now, id, usize::MAX);
             }
         }
-        while !blocked {
-            let Some(&hash) = self.prewarms.first() else { break };
-            blocked = self.needs_slot(&hash) && !self.assign_prewarm(now, hash);
-            if !blocked {
-                self.prewarms.remove(&hash);
-            }
-        }
-        self.start_loads();
-        self.start_fetches();
     }
 
-    /// Whether `hash` may get a slot: known, without one, and not waiting out a back-off.
-    fn needs_slot(&self, hash: &ContentHash) -> bool {
+    /// Whether `id` may get a slot: known, without one, and not waiting out a back-off.
+    fn needs_slot(&self, id: &AdapterId) -> bool {
         self.entries
-            .get(hash)
+            .get(id)
             .is_some_and(|entry| entry.slot.is_none() && entry.failure.as_ref().is_none_or(|failure| failure.retrying))
     }
 
-    /// Pre-warmed adapters hold a quarter of the slots at most until they are used.
-    fn assign_prewarm(&mut self, now: Instant, hash: ContentHash) -> bool {
-        let occupants = self.slots.iter().filter_map(|slot| slot.occupant.as_ref());
-        let held = occupants.filter(|occupant| occupant.prewarmed).count();
-        held < (self.config.slots / 4).max(1) && self.assign(now, hash, Claim::Prewarm)
-    }
-
-    /// Gives `hash` a slot and queues its load. False if none can be had now.
-    fn assign(&mut self, now: Instant, hash: ContentHash, claim: Claim) -> bool {
-        let needed = self.entries.get(&hash).and_then(|entry| entry.packed_bytes).unwrap_or(0);
+    /// Gives `id`, at this place of the fair order (not in it: `usize::MAX`), a slot and queues its load. False if
+    /// none can be had now.
+    fn assign(&mut self, now: Instant, id: AdapterId, place: usize) -> bool {
+        let needed = self.entries.get(&id).and_then(|entry| entry.packed_bytes).unwrap_or(0);
         if needed > self.config.engine_bytes {
             let budget_bytes = self.config.engine_bytes;
-            self.note_failure(now, hash, LoadError::TooLarge { needed_bytes: needed, budget_bytes });
-            self.show(hash);
+            self.note_failure(now, id, LoadError::TooLarge { needed_bytes: needed, budget_bytes });
+            self.show(id);
             return true;
         }
-        if !self.make_room(1, needed, claim) {
+        if !self.make_room(1, needed, place) {
             return false;
         }
         let slot = self.slots.iter().position(|slot| slot.occupant.is_none()).expect("room was just made");
         let tick = self.next_tick();
         self.slots[slot].generation += 1;
         self.slots[slot].occupant = Some(Occupant {
-            hash,
+            id,
             adapter: None,
             leases: 0,
             uses: 0,
             protected: false,
-            prewarmed: claim == Claim::Prewarm,
             doomed: false,
             bytes: needed,
             used_at: tick,
         });
         self.engine_bytes += needed;
-        self.to_load.insert(tick, hash);
-        let entry = self.entries.get_mut(&hash).expect("only known adapters are assigned");
+        self.to_load.insert(tick, id);
+        let entry = self.entries.get_mut(&id).expect("only known adapters are assigned");
         entry.slot = Some(u32::try_from(slot).expect("fewer than 2^32 slots"));
         if let Some(seq) = entry.want_seq {
             self.wants.remove(&seq);
             self.to_fetch.remove(&seq);
         }
-        self.prewarms.remove(&hash);
-        self.show(hash);
+        self.show(id);
         true
     }
 
-    /// Evicts until `n_slots` are free and `bytes` fit. Evicts nothing if that cannot be reached.
-    fn make_room(&mut self, n_slots: usize, bytes: usize, claim: Claim) -> bool {
+    /// Evicts for who waits at `place` until `n_slots` are free and `bytes` fit. Evicts nothing if that cannot be
+    /// reached.
+    fn make_room(&mut self, n_slots: usize, bytes: usize, place: usize) -> bool {
         let budget = self.config.engine_bytes;
         let free = self.slots.iter().filter(|slot| slot.occupant.is_none()).count();
         if free >= n_slots && self.engine_bytes + bytes <= budget {
             return true;
         }
-        let victims = self.victims(claim);
+        let victims = self.victims(place);
         let (mut freed_slots, mut freed_bytes, mut n_victims) = (free, 0, 0);
         while freed_slots < n_slots || self.engine_bytes - freed_bytes + bytes > budget {
             let Some(&(slot, victim_bytes)) = victims.get(n_victims) else { return false };
@@ -124,9 +108,9 @@ impl CacheCore {
         true
     }
 
-    /// Slots that may be emptied for `claim`, first to go first: those nobody waits for, probation before
+    /// Slots that may be emptied for who waits at `ahead`, first to go first: those nobody waits for, probation before
     /// protected, least recently used first; then, if the queue drains, those who wait furthest back.
-    fn victims(&self, claim: Claim) -> Vec<(u32, usize)> {
+    fn victims(&self, ahead: usize) -> Vec<(u32, usize)> {
         let mut victims: Vec<(usize, bool, u64, u32, usize)> = Vec::new();
         for (slot, occupant) in
             (0_u32..).zip(&self.slots).filter_map(|(idx, slot)| Some((idx, slot.occupant.as_ref()?)))
@@ -135,14 +119,9 @@ impl CacheCore {
                 continue;
             }
             // Asked for after the queue last told its order: it waits, at a place not known yet.
-            let is_news = || self.entries.get(&occupant.hash).is_some_and(|entry| entry.asked_at > self.preferred_at);
-            let waits_at = self.places.get(&occupant.hash).copied().or_else(|| is_news().then_some(usize::MAX));
-            let may_go = match (claim, waits_at) {
-                (Claim::Prewarm, _) => waits_at.is_none() && !occupant.protected,
-                (Claim::Queued(_), None) => true,
-                (Claim::Queued(ahead), Some(behind)) => self.drain && behind > ahead,
-            };
-            if may_go {
+            let is_news = || self.entries.get(&occupant.id).is_some_and(|entry| entry.asked_at > self.preferred_at);
+            let waits_at = self.places.get(&occupant.id).copied().or_else(|| is_news().then_some(usize::MAX));
+            if waits_at.is_none_or(|behind| self.drain && behind > ahead) {
                 // Furthest back first: places count down from the end.
                 let rank = waits_at.map_or(0, |place| usize::MAX - place);
                 victims.push((rank, occupant.protected, occupant.used_at, slot, occupant.bytes));
@@ -181,73 +160,84 @@ impl CacheCore {
         self.engine_bytes -= occupant.bytes;
         self.stats.evictions += 1;
         self.commands.extend(occupant.adapter.map(|adapter| Command::Retire(Retired::Packed(adapter))));
-        if let Some(entry) = self.entries.get_mut(&occupant.hash) {
+        if let Some(entry) = self.entries.get_mut(&occupant.id) {
             entry.slot = None;
         }
-        self.show(occupant.hash);
-        self.drop_unused(occupant.hash);
+        self.show(occupant.id);
+        self.drop_unused(occupant.id);
     }
 
     /// Takes the slot of an adapter that has not arrived.
-    pub(super) fn vacate(&mut self, hash: ContentHash) {
-        let Some(slot) = self.entries.get(&hash).and_then(|entry| entry.slot) else { return };
+    pub(super) fn vacate(&mut self, id: AdapterId) {
+        let Some(slot) = self.entries.get(&id).and_then(|entry| entry.slot) else { return };
         let place = &mut self.slots[slot as usize];
         if place.occupant.as_ref().is_none_or(|occupant| occupant.adapter.is_some()) {
             return;
         }
         let reserved = place.occupant.take().map_or(0, |occupant| occupant.bytes);
         self.engine_bytes -= reserved;
-        self.to_load.retain(|_, waiting| *waiting != hash);
-        if let Some(entry) = self.entries.get_mut(&hash) {
+        self.to_load.retain(|_, waiting| *waiting != id);
+        if let Some(entry) = self.entries.get_mut(&id) {
             entry.slot = None;
         }
     }
 
-    /// Starts the loads of assigned slots, as many as may run at once.
-    fn start_loads(&mut self) {
+    /// Starts the loads of assigned slots, as many as may run at once. Whether one was refused.
+    fn start_loads(&mut self, now: Instant) -> bool {
         if self.to_load.is_empty() {
-            return;
+            return false;
         }
-        let waiting: Vec<(u64, ContentHash)> = self.to_load.iter().map(|(&tick, &hash)| (tick, hash)).collect();
-        for (tick, hash) in waiting {
-            if self.n_jobs >= self.config.loads_at_once {
-                return;
+        let mut any_refused = false;
+        let waiting: Vec<(u64, AdapterId)> = self.to_load.iter().map(|(&tick, &id)| (tick, id)).collect();
+        for (tick, id) in waiting {
+            if self.jobs.len() >= self.config.loads_at_once {
+                break;
             }
-            let Some(entry) = self.entries.get(&hash) else { continue };
+            let Some(entry) = self.entries.get(&id) else { continue };
             // Its files are being fetched already; the load follows when they are here.
             if entry.job.is_some() {
                 continue;
             }
             self.to_load.remove(&tick);
-            self.start(hash, true);
+            any_refused |= !self.start(now, id, true);
         }
+        any_refused
     }
 
     /// Uses what loads leave over to bring files of waiting adapters into host memory. One load's worth stays
     /// free for slots, unless only one is allowed.
-    fn start_fetches(&mut self) {
+    fn start_fetches(&mut self, now: Instant) {
         let spare = if self.config.loads_at_once == 1 { 1 } else { self.config.loads_at_once - 1 };
-        while self.n_jobs < spare && self.to_load.is_empty() && self.host_has_room() {
-            let Some((_, hash)) = self.to_fetch.pop_first() else { return };
-            if self.entries.get(&hash).is_some_and(|entry| entry.job.is_none() && entry.host.is_none()) {
-                self.start(hash, false);
+        while self.jobs.len() < spare && self.to_load.is_empty() && self.host_has_room() {
+            let Some((_, id)) = self.to_fetch.pop_first() else { return };
+            if self.entries.get(&id).is_some_and(|entry| entry.job.is_none() && entry.host.is_none()) {
+                self.start(now, id, false);
             }
         }
     }
 
-    fn start(&mut self, hash: ContentHash, pack: bool) {
-        let tick = self.next_tick();
-        let host = self.touch_host(&hash, tick);
-        let entry = self.entries.get_mut(&hash).expect("only known adapters are loaded");
-        entry.job = Some(Job { doomed: false, renewed: false });
-        self.n_jobs += 1;
-        self.commands.push(Command::Load(LoadJob { hash, owner: entry.owner.clone(), host, pack }));
+    /// Starts a load. False if its reader would most likely be the next to hang: it counts as failed then.
+    fn start(&mut self, now: Instant, id: AdapterId, pack: bool) -> bool {
+        let number = self.next_tick();
+        let host = self.touch_host(&id, number);
+        let n_stuck = self.stuck.values().filter(|stuck| **stuck == id).count();
+        if host.is_none() && (self.stuck.len() >= STUCK_MAX || n_stuck >= STUCK_PER_ADAPTER_MAX) {
+            self.note_failure(now, id, LoadError::TimedOut);
+            self.show(id);
+            return false;
+        }
+        let entry = self.entries.get_mut(&id).expect("only known adapters are loaded");
+        entry.job = Some(number);
+        let read_until = host.is_none().then(|| now + READ_MAX);
+        self.jobs.insert(number, Job { id, read_until, doomed: false, renewed: false });
+        self.commands.push(Command::Load(LoadJob { number, adapter: entry.adapter.clone(), host, pack }));
+        true
     }
 
     /// Puts what a load brought where it belongs.
-    pub(super) fn place_loaded(&mut self, now: Instant, hash: ContentHash, loaded: Loaded) {
-        self.keep_files(hash, loaded.files);
-        let Some(entry) = self.entries.get_mut(&hash) else { return };
+    pub(super) fn place_loaded(&mut self, now: Instant, id: AdapterId, loaded: Loaded) {
+        self.keep_files(id, loaded.files);
+        let Some(entry) = self.entries.get_mut(&id) else { return };
         if let Some(failure) = entry.failure.take() {
             self.failures.remove(&failure.at);
         }
@@ -257,26 +247,26 @@ impl CacheCore {
         if packed.bytes > budget_bytes {
             let needed_bytes = packed.bytes;
             self.commands.push(Command::Retire(Retired::Packed(packed)));
-            self.note_failure(now, hash, LoadError::TooLarge { needed_bytes, budget_bytes });
+            self.note_failure(now, id, LoadError::TooLarge { needed_bytes, budget_bytes });
             return;
         }
         let Some(slot) = entry.slot else {
             self.commands.push(Command::Retire(Retired::Packed(packed)));
             return;
         };
-        self.settle(slot, hash, packed);
+        self.settle(slot, id, packed);
     }
 
     /// Fills the slot, or gives it up if the adapter turned out larger than what can be freed now; its size is
     /// known then, and it waits for as much.
-    fn settle(&mut self, slot: u32, hash: ContentHash, packed: Arc<LoraAdapter>) {
+    fn settle(&mut self, slot: u32, id: AdapterId, packed: Arc<LoraAdapter>) {
         let reserved = self.slots[slot as usize].occupant.as_ref().map_or(0, |occupant| occupant.bytes);
         let more = packed.bytes.saturating_sub(reserved);
-        let place = self.places.get(&hash).copied().unwrap_or(usize::MAX);
-        if !self.make_room(0, more, Claim::Queued(place)) {
+        let place = self.places.get(&id).copied().unwrap_or(usize::MAX);
+        if !self.make_room(0, more, place) {
             self.commands.push(Command::Retire(Retired::Packed(packed)));
-            self.vacate(hash);
-            self.want_again(hash);
+            self.vacate(id);
+            self.want_again(id);
             return;
         }
         self.engine_bytes = self.engine_bytes - reserved + packed.bytes;

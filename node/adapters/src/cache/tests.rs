@@ -2,17 +2,18 @@
 
 use model::adapter::AdapterFiles;
 use shared::clock::{Clock, ManualClock};
+use shared::hash::ContentHash;
 
 use super::*;
 
 mod random;
 
-pub(super) fn hash(n: usize) -> ContentHash {
-    ContentHash::of(&n.to_le_bytes())
+pub(super) fn adapter(n: usize) -> AdapterRef {
+    AdapterRef { tenant: "acme".parse().expect("tenant"), hash: ContentHash::of(&n.to_le_bytes()) }
 }
 
-pub(super) fn owner() -> Owner {
-    Owner { tenant: "acme".parse().expect("tenant") }
+pub(super) fn id(n: usize) -> AdapterId {
+    adapter(n).id()
 }
 
 pub(super) fn packed(hash: ContentHash, bytes: usize) -> Arc<LoraAdapter> {
@@ -26,7 +27,7 @@ pub(super) fn files(bytes: usize) -> Arc<HostFiles> {
 struct Bench {
     clock: ManualClock,
     core: CacheCore,
-    leases: Vec<(ContentHash, u32, u64)>,
+    leases: Vec<(AdapterId, u32, u64)>,
 }
 
 /// Size of the adapters here, packed and as files.
@@ -44,15 +45,11 @@ impl Bench {
 
     fn want(&mut self, n: usize) {
         let until = self.clock.now() + Duration::from_secs(60);
-        self.core.want(self.clock.now(), hash(n), owner(), Urgency::Queued { until });
-    }
-
-    fn prewarm(&mut self, n: usize) {
-        self.core.want(self.clock.now(), hash(n), owner(), Urgency::Prewarm);
+        self.core.want(self.clock.now(), &adapter(n), until);
     }
 
     fn prefer(&mut self, order: &[usize], drain: bool) {
-        let order: Vec<ContentHash> = order.iter().map(|&n| hash(n)).collect();
+        let order: Vec<AdapterId> = order.iter().map(|&n| id(n)).collect();
         self.core.prefer(self.clock.now(), &order, drain);
     }
 
@@ -66,8 +63,8 @@ impl Bench {
     }
 
     fn finish(&mut self, job: &LoadJob) {
-        let packed = job.pack.then(|| packed(job.hash, BYTES));
-        self.core.finished(self.clock.now(), job.hash, Ok(Loaded { files: files(BYTES), packed }));
+        let packed = job.pack.then(|| packed(job.adapter.hash, BYTES));
+        self.core.finished(self.clock.now(), job.number, Ok(Loaded { files: files(BYTES), packed }));
     }
 
     /// Performs loads until none is asked for.
@@ -89,14 +86,14 @@ impl Bench {
     }
 
     fn lease(&mut self, n: usize) -> bool {
-        let CoreLease::Leased(adapter, slot, generation) = self.core.lease(&hash(n)) else { return false };
-        assert_eq!(adapter.hash, hash(n));
-        self.leases.push((hash(n), slot, generation));
+        let CoreLease::Leased(adapter, slot, generation) = self.core.lease(&id(n)) else { return false };
+        assert_eq!(adapter.hash, self::adapter(n).hash);
+        self.leases.push((id(n), slot, generation));
         true
     }
 
     fn release(&mut self, n: usize) {
-        let place = self.leases.iter().position(|held| held.0 == hash(n)).expect("leased");
+        let place = self.leases.iter().position(|held| held.0 == id(n)).expect("leased");
         let (_, slot, generation) = self.leases.swap_remove(place);
         self.core.release(self.clock.now(), slot, generation);
     }
@@ -111,7 +108,7 @@ impl Bench {
     }
 
     fn is_ready(&self, n: usize) -> bool {
-        self.core.warmth(&hash(n)) == Warmth::Ready
+        self.core.residency(&id(n)) == Residency::Ready
     }
 }
 
@@ -120,7 +117,7 @@ fn a_queued_want_is_loaded_once_and_leased() {
     let mut b = Bench::new(4);
     b.want(1);
     b.want(1);
-    assert_eq!(b.core.warmth(&hash(1)), Warmth::Loading);
+    assert_eq!(b.core.residency(&id(1)), Residency::Loading);
     let jobs = b.jobs();
     assert_eq!(jobs.len(), 1, "single flight");
     b.want(1);
@@ -128,7 +125,7 @@ fn a_queued_want_is_loaded_once_and_leased() {
     assert!(!b.lease(1));
     let epoch = b.core.epoch();
     b.finish(&jobs[0]);
-    assert_eq!((b.core.warmth(&hash(1)), b.core.epoch()), (Warmth::Ready, epoch + 1));
+    assert_eq!((b.core.residency(&id(1)), b.core.epoch()), (Residency::Ready, epoch + 1));
     assert!(b.lease(1));
     b.want(1);
     let stats = b.core.stats();
@@ -142,9 +139,9 @@ fn no_more_loads_run_at_once_than_allowed() {
         b.want(n);
     }
     let first = b.jobs();
-    assert_eq!(first.iter().map(|job| job.hash).collect::<Vec<_>>(), [hash(0), hash(1)]);
+    assert_eq!(first.iter().map(|job| job.adapter.id()).collect::<Vec<_>>(), [id(0), id(1)]);
     b.finish(&first[0]);
-    assert_eq!(b.jobs().iter().map(|job| job.hash).collect::<Vec<_>>(), [hash(2)], "in order of asking");
+    assert_eq!(b.jobs().iter().map(|job| job.adapter.id()).collect::<Vec<_>>(), [id(2)], "in order of asking");
 }
 
 #[test]
@@ -157,12 +154,12 @@ fn a_leased_adapter_stays_whatever_others_want() {
     assert!(b.lease(0) && b.lease(1));
     b.want(2);
     b.prefer(&[2, 0, 1], true);
-    assert_eq!(b.core.warmth(&hash(2)), Warmth::NoSlot);
+    assert_eq!(b.core.residency(&id(2)), Residency::NoSlot);
     assert_eq!(b.jobs().len(), 0);
     b.release(0);
     assert_eq!(
-        (b.core.warmth(&hash(2)), b.is_ready(0)),
-        (Warmth::Loading, false),
+        (b.core.residency(&id(2)), b.is_ready(0)),
+        (Residency::Loading, false),
         "the drained slot goes to who waits"
     );
     b.settle();
@@ -181,7 +178,7 @@ fn who_waits_keeps_a_slot_until_the_queue_drains() {
     assert!(b.is_ready(0) && b.is_ready(1), "both are about to be used");
     b.prefer(&[2, 0, 1], true);
     assert!(b.is_ready(0) && !b.is_ready(1), "furthest back goes first");
-    assert_eq!(b.core.warmth(&hash(2)), Warmth::Loading);
+    assert_eq!(b.core.residency(&id(2)), Residency::Loading);
 }
 
 #[test]
@@ -193,7 +190,7 @@ fn what_was_just_asked_for_is_kept_until_the_queue_has_spoken() {
     assert!(b.is_ready(0), "its request has not been seen by the engine yet");
     // The queue does not know of a request for it any more: it was cancelled.
     b.prefer(&[1], false);
-    assert_eq!((b.is_ready(0), b.core.warmth(&hash(1))), (false, Warmth::Loading));
+    assert_eq!((b.is_ready(0), b.core.residency(&id(1))), (false, Residency::Loading));
 }
 
 #[test]
@@ -207,7 +204,7 @@ fn slots_are_given_in_the_queues_order_not_in_order_of_asking() {
     }
     b.prefer(&[3, 1, 2, 4], false);
     b.release(0);
-    assert_eq!(b.jobs()[0].hash, hash(3));
+    assert_eq!(b.jobs()[0].adapter.id(), id(3));
 }
 
 #[test]
@@ -253,23 +250,6 @@ fn yesterdays_favourites_make_way_for_todays() {
 }
 
 #[test]
-fn prewarming_takes_free_slots_and_at_most_a_quarter() {
-    let mut b = Bench::new(8);
-    for n in 0..6 {
-        b.visit(n);
-        b.visit(n);
-    }
-    for n in 100..110 {
-        b.prewarm(n);
-    }
-    b.settle();
-    assert_eq!((100..110).filter(|&n| b.is_ready(n)).count(), 2);
-    assert_eq!((0..6).filter(|&n| b.is_ready(n)).count(), 6);
-    let stats = b.core.stats();
-    assert_eq!((stats.hits, stats.misses), (6, 6), "pre-warming is not traffic");
-}
-
-#[test]
 fn eighty_percent_of_traffic_on_a_fifth_of_the_tenants_hits_the_cache() {
     let mut b = Bench::new(15);
     let mut state = 1_u64;
@@ -294,9 +274,9 @@ fn a_failed_load_is_told_at_once_and_tried_again_after_a_growing_wait() {
     for (attempt, wait_s) in [1, 2, 4, 8, 16, 32, 60, 60].into_iter().enumerate() {
         b.want(1);
         let job = b.jobs().pop().expect("tried");
-        b.core.finished(b.clock.now(), job.hash, Err(LoadError::Damaged));
-        assert_eq!(b.core.warmth(&hash(1)), Warmth::Failed, "attempt {attempt}");
-        assert!(matches!(b.core.lease(&hash(1)), CoreLease::Failed(LoadError::Damaged)));
+        b.core.finished(b.clock.now(), job.number, Err(LoadError::Damaged));
+        assert_eq!(b.core.residency(&id(1)), Residency::Failed, "attempt {attempt}");
+        assert!(matches!(b.core.lease(&id(1)), CoreLease::Failed(LoadError::Damaged)));
         b.clock.advance(Duration::from_secs(wait_s) - Duration::from_millis(1));
         b.want(1);
         assert_eq!(b.jobs().len(), 0, "negative caching");
@@ -304,7 +284,7 @@ fn a_failed_load_is_told_at_once_and_tried_again_after_a_growing_wait() {
     }
     b.want(1);
     b.settle();
-    assert!(b.is_ready(1) && b.core.failure(&hash(1)).is_none());
+    assert!(b.is_ready(1) && b.core.failure(&id(1)).is_none());
     assert_eq!(b.core.stats().failures, 8);
 }
 
@@ -313,9 +293,9 @@ fn an_adapter_larger_than_the_budget_is_refused_with_the_numbers() {
     let mut b = Bench::new(2);
     b.want(1);
     let job = b.jobs().pop().expect("tried");
-    let loaded = Loaded { files: files(10), packed: Some(packed(job.hash, 1000)) };
-    b.core.finished(b.clock.now(), job.hash, Ok(loaded));
-    assert_eq!(b.core.failure(&hash(1)), Some(&LoadError::TooLarge { needed_bytes: 1000, budget_bytes: 200 }));
+    let loaded = Loaded { files: files(10), packed: Some(packed(job.adapter.hash, 1000)) };
+    b.core.finished(b.clock.now(), job.number, Ok(loaded));
+    assert_eq!(b.core.failure(&id(1)), Some(&LoadError::TooLarge { needed_bytes: 1000, budget_bytes: 200 }));
     assert_eq!(b.core.stats().engine_bytes, 0);
 }
 
@@ -328,9 +308,13 @@ fn an_adapter_that_turns_out_larger_waits_for_enough_bytes() {
     assert!(b.lease(0) && b.lease(1));
     b.want(2);
     let job = b.jobs().pop().expect("a slot is free");
-    b.core.finished(b.clock.now(), job.hash, Ok(Loaded { files: files(10), packed: Some(packed(job.hash, 100)) }));
+    b.core.finished(
+        b.clock.now(),
+        job.number,
+        Ok(Loaded { files: files(10), packed: Some(packed(job.adapter.hash, 100)) }),
+    );
     b.quiet();
-    assert_eq!((b.core.warmth(&hash(2)), b.core.stats().engine_bytes), (Warmth::NoSlot, 200));
+    assert_eq!((b.core.residency(&id(2)), b.core.stats().engine_bytes), (Residency::NoSlot, 200));
     assert_eq!(b.jobs().len(), 0, "its size is known now; nothing is tried in vain");
     b.release(0);
     let again = b.jobs();
@@ -368,7 +352,7 @@ fn files_of_waiting_adapters_are_fetched_ahead_of_a_slot() {
     let job = b.jobs().pop().expect("fetched");
     assert!(!job.pack);
     b.finish(&job);
-    assert_eq!(b.core.warmth(&hash(1)), Warmth::NoSlot);
+    assert_eq!(b.core.residency(&id(1)), Residency::NoSlot);
     b.release(0);
     let job = b.jobs().pop().expect("packed");
     assert!(job.pack && job.host.is_some());
@@ -379,7 +363,7 @@ fn a_deleted_adapter_serves_its_leases_out_and_nothing_more() {
     let mut b = Bench::new(2);
     b.visit(1);
     assert!(b.lease(1));
-    b.core.forget(b.clock.now(), &hash(1));
+    b.core.forget(b.clock.now(), &id(1));
     assert!(!b.lease(1));
     assert_eq!(b.core.stats().engine_bytes, BYTES, "the running request still needs it");
     b.release(1);
@@ -387,9 +371,9 @@ fn a_deleted_adapter_serves_its_leases_out_and_nothing_more() {
     // Deleted while it loads: what comes is thrown away.
     b.want(2);
     let job = b.jobs().pop().expect("loading");
-    b.core.forget(b.clock.now(), &hash(2));
+    b.core.forget(b.clock.now(), &id(2));
     b.finish(&job);
-    assert_eq!(b.core.failure(&hash(2)), Some(&LoadError::NotStored));
+    assert_eq!(b.core.failure(&id(2)), Some(&LoadError::NotStored));
     assert_eq!(b.core.stats().resident, 0);
 }
 
@@ -397,34 +381,96 @@ fn a_deleted_adapter_serves_its_leases_out_and_nothing_more() {
 fn what_is_stored_again_is_no_longer_missing() {
     let mut b = Bench::new(2);
     b.visit(1);
-    b.core.forget(b.clock.now(), &hash(1));
-    b.core.stored(b.clock.now(), &hash(1), owner());
-    assert_eq!(b.core.failure(&hash(1)), None);
+    b.core.forget(b.clock.now(), &id(1));
+    b.core.stored(b.clock.now(), &id(1));
+    assert_eq!(b.core.failure(&id(1)), None);
     b.visit(1);
     // Stored while the load of what was deleted before is under way.
     b.want(2);
     let job = b.jobs().pop().expect("loading");
-    b.core.forget(b.clock.now(), &hash(2));
-    b.core.stored(b.clock.now(), &hash(2), owner());
-    b.core.finished(b.clock.now(), job.hash, Err(LoadError::NotStored));
-    assert_eq!(b.core.failure(&hash(2)), None);
+    b.core.forget(b.clock.now(), &id(2));
+    b.core.stored(b.clock.now(), &id(2));
+    b.core.finished(b.clock.now(), job.number, Err(LoadError::NotStored));
+    assert_eq!(b.core.failure(&id(2)), None);
     b.settle();
     assert!(b.lease(2), "who waits gets it without asking again");
 }
 
 #[test]
-fn a_load_for_a_deleted_owner_is_repeated_for_the_next() {
-    let mut b = Bench::new(1);
+fn equal_content_of_two_tenants_shares_neither_slot_nor_failure() {
+    let mut b = Bench::new(4);
+    let until = b.clock.now() + Duration::from_secs(60);
+    let other = AdapterRef { tenant: "baker".parse().expect("tenant"), ..adapter(1) };
     b.want(1);
+    b.core.want(b.clock.now(), &other, until);
+    let jobs = b.jobs();
+    assert_eq!(jobs.iter().map(|job| job.adapter.clone()).collect::<Vec<_>>(), [adapter(1), other.clone()]);
+    b.core.finished(b.clock.now(), jobs[0].number, Err(LoadError::Damaged));
+    b.finish(&jobs[1]);
+    assert_eq!((b.core.residency(&id(1)), b.core.residency(&other.id())), (Residency::Failed, Residency::Ready));
+    b.core.forget(b.clock.now(), &id(1));
+    assert_eq!(b.core.residency(&other.id()), Residency::Ready, "what one deletes the other keeps");
+}
+
+#[test]
+fn a_blocked_reader_is_given_up_and_others_go_on() {
+    let mut b = Bench::new(2);
+    for n in 0..4 {
+        b.want(n);
+    }
+    let hung = b.jobs();
+    assert_eq!(hung.len(), 2);
+    b.clock.advance(READ_MAX - Duration::from_millis(1));
+    b.core.expire(b.clock.now());
+    assert_eq!(b.jobs().len(), 0, "they may still come");
+    b.clock.advance(Duration::from_millis(1));
+    b.core.expire(b.clock.now());
+    assert!(matches!(b.core.lease(&id(0)), CoreLease::Failed(LoadError::TimedOut)));
+    let stats = b.core.stats();
+    assert_eq!((stats.stuck, stats.loading, stats.failures), (2, 2, 2));
+    b.settle();
+    assert!(b.lease(2) && b.lease(3), "their slots went to who waited");
+    b.release(2);
+    // Tried again after the back-off, and this time it works; what comes late is thrown away.
+    b.clock.advance(RETRY_FIRST);
+    b.want(0);
+    b.quiet();
+    b.settle();
+    assert!(b.lease(0));
+    b.finish(&hung[0]);
+    assert_eq!((b.core.stats().stuck, b.core.stats().resident), (1, 2));
+}
+
+#[test]
+fn packing_takes_as_long_as_it_takes() {
+    let mut b = Bench::new(1);
+    b.want(0);
     let job = b.jobs().pop().expect("loading");
-    let heir = Owner { tenant: "heir".parse().expect("tenant") };
-    b.core.stored(b.clock.now(), &hash(1), heir.clone());
-    b.core.finished(b.clock.now(), job.hash, Err(LoadError::Sealed));
-    let job = b.jobs().pop().expect("repeated");
-    assert_eq!(job.owner, heir);
+    b.core.files_read(job.number);
+    b.clock.advance(10 * READ_MAX);
+    b.core.expire(b.clock.now());
+    assert_eq!(b.core.stats().stuck, 0);
     b.finish(&job);
-    assert!(b.lease(1));
-    assert_eq!(b.core.stats().failures, 0);
+    assert!(b.is_ready(0));
+}
+
+#[test]
+fn a_disk_that_hangs_costs_a_bounded_number_of_threads() {
+    let mut b = Bench::new(4);
+    let mut started = 0;
+    for _ in 0..20 {
+        for n in 0..30 {
+            b.want(n);
+        }
+        // Nobody answers.
+        for _ in 0..30 {
+            started += b.jobs().len();
+            b.clock.advance(READ_MAX);
+            b.core.expire(b.clock.now());
+        }
+    }
+    assert_eq!((started, b.core.stats().stuck), (STUCK_MAX, STUCK_MAX));
+    assert!(matches!(b.core.lease(&id(29)), CoreLease::Failed(LoadError::TimedOut)), "told at once, not left waiting");
 }
 
 #[test]
@@ -434,10 +480,10 @@ fn wants_end_with_their_requests_deadline() {
     b.settle();
     assert!(b.lease(0));
     b.want(1);
-    assert_eq!(b.core.warmth(&hash(1)), Warmth::NoSlot);
+    assert_eq!(b.core.residency(&id(1)), Residency::NoSlot);
     b.clock.advance(Duration::from_secs(61));
-    b.core.expire_wants(b.clock.now());
-    assert_eq!(b.core.warmth(&hash(1)), Warmth::Absent);
+    b.core.expire(b.clock.now());
+    assert_eq!(b.core.residency(&id(1)), Residency::Absent);
     b.release(0);
     assert_eq!(b.jobs().len(), 0);
     assert!(b.is_ready(0));

@@ -12,7 +12,7 @@ use super::{AdapterError, quote};
 
 /// Longest config. One that lists rank and alpha of every module of an 80-layer model has 70 KB; a JSON
 /// value takes up to 40 times its text in memory.
-pub(super) const CONFIG_BYTES_MAX: usize = 128 << 10;
+pub const CONFIG_BYTES_MAX: usize = 128 << 10;
 /// Patterns in one map: two per module of a 73-layer model.
 const PATTERNS_MAX: usize = 1024;
 /// Those of them that are not plain names and must be compiled.

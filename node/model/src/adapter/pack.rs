@@ -3,6 +3,8 @@
 //! The last step of loading an adapter; everything it reads has been checked, so only the base weights can
 //! still make it fail (a DoRA row that cancels its base row).
 
+use std::borrow::Cow;
+
 use kernels::lora::{LoraDtype, LoraPair};
 use kernels::matrix::Matrix;
 use shared::hash::ContentHash;
@@ -44,7 +46,6 @@ pub(super) struct CheckedModule<'a> {
 /// An adapter that passed every check; borrows the files it came from.
 #[derive(Debug)]
 pub struct CheckedAdapter<'a> {
-    hash: ContentHash,
     summary: AdapterSummary,
     n_layers: usize,
     modules: Vec<CheckedModule<'a>>,
@@ -61,12 +62,7 @@ impl<'a> CheckedAdapter<'a> {
             bytes: files.bytes(),
             dora: modules.iter().any(|module| module.magnitude.is_some()),
         };
-        Self { hash: files.content_hash(), summary, n_layers: info.n_layers, modules }
-    }
-
-    /// Content hash of the files.
-    pub fn hash(&self) -> ContentHash {
-        self.hash
+        Self { summary, n_layers: info.n_layers, modules }
     }
 
     /// Facts for records and budgets.
@@ -80,15 +76,15 @@ impl<'a> CheckedAdapter<'a> {
         &self.modules
     }
 
-    /// Packs the adapter for one base model. Needs the weights for DoRA only. Memory: the packed adapter plus
-    /// one module in f32.
+    /// Packs the adapter, whose files have this content hash, for one base model. Needs the weights for DoRA only.
+    /// Memory: the packed adapter; for DoRA and mixed types one module in f32 besides.
     ///
     /// # Errors
     /// [`AdapterError::Invalid`] when a DoRA factor is not finite: the adapter cancels a row of the base.
     ///
     /// # Panics
     /// When `weights` are not those of the model the adapter was checked against.
-    pub fn pack(&self, weights: &Weights) -> Result<LoraAdapter, AdapterError> {
+    pub fn pack(&self, hash: ContentHash, weights: &Weights) -> Result<LoraAdapter, AdapterError> {
         assert_eq!(weights.layers.len(), self.n_layers, "an adapter is packed for the base it was checked against");
         let mut layers: Vec<[Option<LoraPair>; 7]> = (0..self.n_layers).map(|_| Default::default()).collect();
         for module in &self.modules {
@@ -96,7 +92,7 @@ impl<'a> CheckedAdapter<'a> {
             layers[module.layer][module.linear as usize] = Some(module.pack(base)?);
         }
         let bytes = layers.iter().flatten().flatten().map(LoraPair::bytes).sum();
-        Ok(LoraAdapter { hash: self.hash, layers, rank_max: self.summary.rank_max, bytes })
+        Ok(LoraAdapter { hash, layers, rank_max: self.summary.rank_max, bytes })
     }
 }
 
@@ -121,20 +117,32 @@ impl CheckedModule<'_> {
             (n_out, n_in),
             "an adapter is packed for the base it was checked against"
         );
-        let Unpacked { a, b, row_scale } = self.unpack(|i, row| base.row(i, row))?;
         // Both halves keep the stored type; a mixed pair becomes f32, which holds either exactly.
-        let dtype = if self.a.dtype == self.b.dtype { self.a.dtype.lora() } else { LoraDtype::F32 };
-        LoraPair::new(self.rank, n_in, n_out, &a, &b, self.scale, dtype, row_scale)
-            .map_err(|error| AdapterError::invalid(format!("{}: {error}", self.name())))
+        let same_type = self.a.dtype == self.b.dtype;
+        let dtype = if same_type { self.a.dtype.lora() } else { LoraDtype::F32 };
+        let pair = if same_type && self.magnitude.is_none() {
+            LoraPair::from_le_bytes(self.rank, n_in, n_out, self.a.bytes, &self.b_bytes(), self.scale, dtype)
+        } else {
+            let Unpacked { a, b, row_scale } = self.unpack(|i, row| base.row(i, row))?;
+            LoraPair::new(self.rank, n_in, n_out, &a, &b, self.scale, dtype, row_scale)
+        };
+        pair.map_err(|error| AdapterError::invalid(format!("{}: {error}", self.name())))
+    }
+
+    /// The rows of B in the order used inside.
+    fn b_bytes(&self) -> Cow<'_, [u8]> {
+        match self.b_rows {
+            RowOrder::HuggingFace => Cow::Borrowed(self.b.bytes),
+            RowOrder::Interleaved { head_dim } => {
+                Cow::Owned(to_hugging_face_rows(self.b.bytes, self.rank * self.b.dtype.size(), head_dim))
+            }
+        }
     }
 
     /// Reads the stored values; `base_row` writes a row of the base weights and is asked for DoRA only.
     pub(super) fn unpack(&self, base_row: impl FnMut(usize, &mut [f32])) -> Result<Unpacked, AdapterError> {
         let a = self.a.to_f32();
-        let b = match self.b_rows {
-            RowOrder::HuggingFace => self.b.to_f32(),
-            RowOrder::Interleaved { head_dim } => to_hugging_face_rows(&self.b.to_f32(), self.rank, head_dim),
-        };
+        let b = TensorView { bytes: &self.b_bytes(), ..self.b }.to_f32();
         let row_scale = match self.magnitude {
             None => None,
             Some(magnitude) => Some(self.dora_factors(base_row, &a, &b, &magnitude.to_f32())?),
@@ -181,9 +189,10 @@ impl CheckedModule<'_> {
 }
 
 /// Undoes the row permutation of llama-architecture GGUF files: row `2i + p` of a head goes back to `i + p·head_dim/2`.
-fn to_hugging_face_rows(rows: &[f32], width: usize, head_dim: usize) -> Vec<f32> {
+/// `width` is the length of a row in bytes.
+fn to_hugging_face_rows(rows: &[u8], width: usize, head_dim: usize) -> Vec<u8> {
     let half = head_dim / 2;
-    let mut out = vec![0.0; rows.len()];
+    let mut out = vec![0; rows.len()];
     let heads = out.chunks_exact_mut(head_dim * width).zip(rows.chunks_exact(head_dim * width));
     for (to, from) in heads {
         for (at, row) in from.chunks_exact(width).enumerate() {

@@ -11,12 +11,12 @@
 use std::ops::Bound;
 use std::time::Instant;
 
-use shared::hash::ContentHash;
+use shared::adapter::{AdapterId, Residency};
 use shared::tenant::Tier;
 
 use super::FairQueue;
 use super::lines::{Order, RouteIdx, TenantIdx};
-use crate::item::{AdapterView, Picked, Residency, Room};
+use crate::item::{AdapterView, Picked, Room};
 use crate::virtual_time::VirtualTime;
 
 /// Lines that a pick may step over without parking them (barred or too wide). More are open only if more
@@ -76,8 +76,8 @@ impl<T> FairQueue<T> {
         self.view_epoch = Some(epoch);
         let mut settled = Vec::new();
         view.settled(&mut settled);
-        for hash in &settled {
-            self.set_parked(hash, false);
+        for adapter_id in &settled {
+            self.set_parked(adapter_id, false);
         }
     }
 
@@ -109,9 +109,10 @@ impl<T> FairQueue<T> {
             let route = key.1;
             let Some(item) = self.head(route) else { continue };
             let (adapter, n_sequences, kv_tokens) = (item.adapter, item.n_sequences, item.kv_tokens);
-            let residency = adapter.map_or(Residency::Ready, |hash| view.residency(&hash));
-            if let (Some(hash), Residency::Loading | Residency::NoSlot | Residency::Absent) = (adapter, residency) {
-                self.set_parked(&hash, true);
+            let residency = adapter.map_or(Residency::Ready, |adapter_id| view.residency(&adapter_id));
+            if let (Some(adapter_id), Residency::Loading | Residency::NoSlot | Residency::Absent) = (adapter, residency)
+            {
+                self.set_parked(&adapter_id, true);
                 budget.parkings = budget.parkings.saturating_sub(1);
                 continue;
             }
@@ -188,8 +189,8 @@ impl<T> FairQueue<T> {
     /// Counter of the least served of these parked routes that waits for a slot.
     fn first_blocked_route(&self, parked: &Order, view: &mut dyn AdapterView) -> Option<VirtualTime> {
         parked.iter().take(BLOCKED_ROUTE_LOOKS_MAX).find_map(|&(service, route)| {
-            let hash = self.head(route)?.adapter?;
-            (view.residency(&hash) == Residency::NoSlot).then_some(service)
+            let adapter_id = self.head(route)?.adapter?;
+            (view.residency(&adapter_id) == Residency::NoSlot).then_some(service)
         })
     }
 
@@ -201,7 +202,7 @@ impl<T> FairQueue<T> {
 
     /// The next `k` distinct adapters in fair order, for the cache: what to keep, and what to load first.
     /// Tenants at their concurrency cap are left out; they could not use a slot more.
-    pub fn wanted(&self, k: usize) -> Vec<ContentHash> {
+    pub fn wanted(&self, k: usize) -> Vec<AdapterId> {
         let mut wanted = Vec::with_capacity(k);
         let mut tiers = Tier::ALL;
         tiers.sort_by_key(|&tier| (self.class(tier).service, tier));
@@ -215,10 +216,10 @@ impl<T> FairQueue<T> {
                         return wanted;
                     }
                     looks_left -= 1;
-                    if let Some(hash) = self.head(route).and_then(|item| item.adapter)
-                        && !wanted.contains(&hash)
+                    if let Some(adapter_id) = self.head(route).and_then(|item| item.adapter)
+                        && !wanted.contains(&adapter_id)
                     {
-                        wanted.push(hash);
+                        wanted.push(adapter_id);
                     }
                 }
             }

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
-use shared::hash::ContentHash;
+use shared::adapter::AdapterId;
 use shared::id::{Route, TenantId};
 use shared::tenant::Tier;
 
@@ -95,7 +95,7 @@ pub(super) struct RouteLine<T> {
 struct RoutePlace {
     service: VirtualTime,
     parked: bool,
-    adapter: Option<ContentHash>,
+    adapter: Option<AdapterId>,
 }
 
 /// One tenant inside one class.
@@ -276,20 +276,20 @@ impl<T> FairQueue<T> {
         } else {
             tenant.open.remove(&key)
         };
-        if let Some(hash) = place.adapter
-            && let Some(group) = self.groups.get_mut(&hash)
+        if let Some(adapter_id) = place.adapter
+            && let Some(group) = self.groups.get_mut(&adapter_id)
         {
             group.routes.remove(&route);
             if group.routes.is_empty() {
-                self.groups.remove(&hash);
+                self.groups.remove(&adapter_id);
             }
         }
     }
 
     pub(super) fn place_route(&mut self, route: RouteIdx) {
         let Some(adapter) = self.head(route).map(|item| item.adapter) else { return };
-        let parked = adapter.is_some_and(|hash| {
-            let group = self.groups.entry(hash).or_default();
+        let parked = adapter.is_some_and(|adapter_id| {
+            let group = self.groups.entry(adapter_id).or_default();
             group.routes.insert(route);
             group.parked
         });
@@ -305,8 +305,8 @@ impl<T> FairQueue<T> {
     }
 
     /// Notes that an adapter is (not) worth asking about, and moves every route that waits for it.
-    pub(super) fn set_parked(&mut self, hash: &ContentHash, parked: bool) {
-        let Some(group) = self.groups.get_mut(hash) else { return };
+    pub(super) fn set_parked(&mut self, adapter_id: &AdapterId, parked: bool) {
+        let Some(group) = self.groups.get_mut(adapter_id) else { return };
         if group.parked == parked {
             return;
         }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use shared::clock::{Clock, ManualClock};
+use shared::hash::ContentHash;
 use shared::id::TenantId;
 
 use super::*;
@@ -18,12 +19,12 @@ mod random;
 #[derive(Debug, Default)]
 pub(super) struct View {
     pub(super) epoch: u64,
-    pub(super) states: BTreeMap<ContentHash, Residency>,
+    pub(super) states: BTreeMap<AdapterId, Residency>,
 }
 
 impl View {
-    fn set(&mut self, hash: ContentHash, state: Residency) {
-        self.states.insert(hash, state);
+    fn set(&mut self, adapter_id: AdapterId, state: Residency) {
+        self.states.insert(adapter_id, state);
         self.epoch += 1;
     }
 }
@@ -33,16 +34,16 @@ impl AdapterView for View {
         self.epoch
     }
 
-    fn residency(&mut self, hash: &ContentHash) -> Residency {
-        self.states.get(hash).copied().unwrap_or(Residency::Ready)
+    fn residency(&mut self, adapter_id: &AdapterId) -> Residency {
+        self.states.get(adapter_id).copied().unwrap_or(Residency::Ready)
     }
 
-    fn settled(&mut self, out: &mut Vec<ContentHash>) {
+    fn settled(&mut self, out: &mut Vec<AdapterId>) {
         out.extend(
             self.states
                 .iter()
                 .filter(|(_, state)| matches!(state, Residency::Ready | Residency::Failed))
-                .map(|(&hash, _)| hash),
+                .map(|(&adapter_id, _)| adapter_id),
         );
     }
 }
@@ -51,8 +52,8 @@ pub(super) fn tenant(n: usize) -> TenantId {
     format!("tenant-{n}").parse().expect("valid name")
 }
 
-pub(super) fn adapter(n: usize) -> ContentHash {
-    ContentHash::of(&n.to_le_bytes())
+pub(super) fn adapter(n: usize) -> AdapterId {
+    AdapterId(ContentHash::of(&n.to_le_bytes()).0)
 }
 
 pub(super) fn item(now: Instant, id: u128, tenant_no: usize) -> Item {

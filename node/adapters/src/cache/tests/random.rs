@@ -19,24 +19,24 @@ impl Rng {
 #[derive(Default)]
 struct Model {
     /// Loads under way.
-    flying: BTreeMap<ContentHash, LoadJob>,
+    flying: BTreeMap<u64, LoadJob>,
     /// Leases: slot, generation, adapter.
     leases: Vec<(u32, u64, Arc<LoraAdapter>)>,
     /// Which adapter a (slot, generation) was first leased with.
-    places: BTreeMap<(u32, u64), ContentHash>,
+    places: BTreeMap<(u32, u64), AdapterId>,
     loads: u64,
     evictions: u64,
     failures: u64,
     /// What the index would show.
-    shown: BTreeMap<ContentHash, Warmth>,
+    shown: BTreeMap<AdapterId, Residency>,
 }
 
 fn packed_bytes(n: usize) -> usize {
     20 + n * 13 % 90
 }
 
-fn number(wanted: &ContentHash) -> usize {
-    (0..40).find(|&n| hash(n) == *wanted).expect("known")
+fn number_of(wanted: &AdapterId) -> usize {
+    (0..40).find(|&n| id(n) == *wanted).expect("known")
 }
 
 impl Model {
@@ -44,8 +44,7 @@ impl Model {
         for command in core.take_commands() {
             match command {
                 Command::Load(job) => {
-                    let hash = job.hash;
-                    assert!(self.flying.insert(hash, job).is_none(), "two loads of one adapter");
+                    assert!(self.flying.insert(job.number, job).is_none(), "two loads of one number");
                 }
                 Command::Retire(Retired::Packed(adapter)) => {
                     assert!(
@@ -56,8 +55,8 @@ impl Model {
                 Command::Retire(Retired::Files(_)) => {}
             }
         }
-        for (hash, warmth) in core.drain_changes() {
-            self.shown.insert(hash, warmth);
+        for (id, residency) in core.drain_changes() {
+            self.shown.insert(id, residency);
         }
     }
 
@@ -65,8 +64,11 @@ impl Model {
         let stats = core.stats();
         let config = &core.config;
         assert!(stats.engine_bytes <= config.engine_bytes && stats.host_bytes <= config.host_bytes, "{stats:?}");
-        assert!(stats.resident <= config.slots && self.flying.len() <= config.loads_at_once);
-        assert_eq!(stats.loading, self.flying.len());
+        assert!(stats.resident <= config.slots && stats.loading <= config.loads_at_once);
+        assert_eq!(stats.loading + stats.stuck, self.flying.len());
+        assert!(stats.stuck <= STUCK_MAX);
+        let loading: BTreeSet<AdapterId> = core.jobs.values().map(|job| job.id).collect();
+        assert_eq!(loading.len(), core.jobs.len(), "two loads of one adapter");
         let leased: BTreeSet<u32> = self.leases.iter().map(|&(slot, _, _)| slot).collect();
         assert_eq!(stats.leased, leased.len());
         let bytes: usize = core.slots.iter().filter_map(|slot| slot.occupant.as_ref()).map(|held| held.bytes).sum();
@@ -81,12 +83,12 @@ impl Model {
             assert!(occupant.adapter.as_ref().is_some_and(|held| Arc::ptr_eq(held, adapter)));
         }
         for n in 0..40 {
-            let shown = self.shown.get(&hash(n)).copied().unwrap_or(Warmth::Absent);
-            assert_eq!(core.warmth(&hash(n)), shown, "adapter {n}");
+            let shown = self.shown.get(&id(n)).copied().unwrap_or(Residency::Absent);
+            assert_eq!(core.residency(&id(n)), shown, "adapter {n}");
         }
         for (idx, slot) in core.slots.iter().enumerate() {
             if let Some(occupant) = &slot.occupant {
-                assert_eq!(core.entries[&occupant.hash].slot, Some(idx as u32));
+                assert_eq!(core.entries[&occupant.id].slot, Some(idx as u32));
             }
         }
     }
@@ -96,16 +98,17 @@ fn finish_one(core: &mut CacheCore, model: &mut Model, rng: &mut Rng, now: Insta
     if model.flying.is_empty() {
         return;
     }
-    let hash = *model.flying.keys().nth(rng.below(model.flying.len())).expect("in range");
-    let job = model.flying.remove(&hash).expect("flying");
+    let number = *model.flying.keys().nth(rng.below(model.flying.len())).expect("in range");
+    let job = model.flying.remove(&number).expect("flying");
+    let id = job.adapter.id();
     if rng.below(8) == 0 {
         model.failures += 1;
-        core.finished(now, hash, Err(LoadError::Damaged));
+        core.finished(now, number, Err(LoadError::Damaged));
     } else {
-        let n = number(&hash);
-        let packed = job.pack.then(|| packed(hash, packed_bytes(n)));
+        let n = number_of(&id);
+        let packed = job.pack.then(|| packed(job.adapter.hash, packed_bytes(n)));
         model.loads += u64::from(job.pack);
-        core.finished(now, hash, Ok(Loaded { files: files(10 + n % 7 * 10), packed }));
+        core.finished(now, number, Ok(Loaded { files: files(10 + n % 7 * 10), packed }));
     }
 }
 
@@ -125,15 +128,19 @@ fn run(seed: u64) {
         match rng.below(16) {
             0..=3 => {
                 let until = now + Duration::from_millis(rng.below(3000) as u64);
-                core.want(now, hash(n), owner(), Urgency::Queued { until });
+                core.want(now, &adapter(n), until);
             }
-            4 => core.want(now, hash(n), owner(), Urgency::Prewarm),
+            4 => {
+                if let Some(number) = model.flying.keys().next() {
+                    core.files_read(*number);
+                }
+            }
             5..=7 => finish_one(&mut core, &mut model, &mut rng, now),
             8..=10 => {
-                if let CoreLease::Leased(adapter, slot, generation) = core.lease(&hash(n)) {
-                    assert_eq!(adapter.hash, hash(n), "the wrong adapter");
-                    let place = model.places.entry((slot, generation)).or_insert(adapter.hash);
-                    assert_eq!(*place, adapter.hash, "one generation, two adapters");
+                if let CoreLease::Leased(adapter, slot, generation) = core.lease(&id(n)) {
+                    assert_eq!(adapter.hash, self::adapter(n).hash, "the wrong adapter");
+                    let place = model.places.entry((slot, generation)).or_insert(id(n));
+                    assert_eq!(*place, id(n), "one generation, two adapters");
                     model.leases.push((slot, generation, adapter));
                 }
             }
@@ -144,16 +151,16 @@ fn run(seed: u64) {
                 }
             }
             13 => {
-                let order: Vec<ContentHash> = (0..rng.below(6)).map(|_| hash(rng.below(40))).collect();
+                let order: Vec<AdapterId> = (0..rng.below(6)).map(|_| id(rng.below(40))).collect();
                 core.prefer(now, &order, rng.below(2) == 0);
             }
             14 => {
-                clock.advance(Duration::from_millis(rng.below(800) as u64));
-                core.expire_wants(clock.now());
+                clock.advance(Duration::from_millis(rng.below(3000) as u64));
+                core.expire(clock.now());
             }
             _ => {
                 if rng.below(4) == 0 {
-                    core.forget(now, &hash(n));
+                    core.forget(now, &id(n));
                 }
             }
         }
@@ -171,7 +178,7 @@ fn run(seed: u64) {
         model.check(&core);
     }
     clock.advance(Duration::from_secs(10));
-    core.expire_wants(clock.now());
+    core.expire(clock.now());
     model.evictions = core.stats().evictions;
     assert!(core.stats().loads <= model.loads && core.stats().failures >= model.failures);
     assert_eq!(

@@ -226,7 +226,8 @@ fn packed_adapters_compute_the_formula_with_and_without_dora() {
             }
             tensors.iter_mut().for_each(|tensor| tensor.dtype = dtype);
             let files = peft_files(&json!({"use_dora": dora}), &tensors);
-            let adapter = check(&files, &info, &AdapterLimits::default()).unwrap().pack(&weights).unwrap();
+            let adapter =
+                check(&files, &info, &AdapterLimits::default()).unwrap().pack(files.content_hash(), &weights).unwrap();
             assert!(adapter.pair(0, Linear::Q).is_none() && adapter.pair(1, Linear::K).is_none());
             assert!(adapter.pair(2, Linear::Q).is_none(), "no layer 2");
             assert_eq!((adapter.hash, adapter.rank_max), (files.content_hash(), RANK));
@@ -259,9 +260,15 @@ fn halves_of_different_types_are_packed_without_loss() {
     tensors[0].dtype = "F16";
     tensors[1].dtype = "BF16";
     let files = peft_files(&json!({}), &tensors);
-    let packed = check(&files, &info, &AdapterLimits::default()).unwrap().pack(&tiny_weights(&info)).unwrap();
+    let packed = check(&files, &info, &AdapterLimits::default())
+        .unwrap()
+        .pack(files.content_hash(), &tiny_weights(&info))
+        .unwrap();
     tensors.iter_mut().for_each(|tensor| tensor.dtype = "F32");
     let files = peft_files(&json!({}), &tensors);
-    let exact = check(&files, &info, &AdapterLimits::default()).unwrap().pack(&tiny_weights(&info)).unwrap();
+    let exact = check(&files, &info, &AdapterLimits::default())
+        .unwrap()
+        .pack(files.content_hash(), &tiny_weights(&info))
+        .unwrap();
     assert_eq!(packed.bytes, exact.bytes, "kept as f32");
 }

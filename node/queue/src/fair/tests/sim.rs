@@ -4,13 +4,14 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use shared::adapter::AdapterId;
 use shared::clock::{Clock, ManualClock};
-use shared::hash::ContentHash;
 use shared::id::{RequestId, Route};
 use shared::tenant::Tier;
 
 use crate::fair::FairQueue;
-use crate::item::{AdapterView, FairConfig, Item, Residency, Room};
+use crate::item::{AdapterView, FairConfig, Item, Room};
+use shared::adapter::Residency;
 
 /// Tokens that a request will still take.
 #[derive(Debug, Clone, Copy)]
@@ -23,7 +24,7 @@ struct Sequence {
     id: RequestId,
     tier: Tier,
     route: Route,
-    adapter: Option<ContentHash>,
+    adapter: Option<AdapterId>,
     prompt_left: u32,
     answer_left: u32,
 }
@@ -44,20 +45,20 @@ pub(crate) struct Slots {
     now_step: u64,
     epoch: u64,
     /// Resident or loading (ready at that step), and its leases.
-    held: BTreeMap<ContentHash, (u64, u32)>,
+    held: BTreeMap<AdapterId, (u64, u32)>,
     pub(crate) loads: u64,
 }
 
 impl Slots {
     /// Gives slots in the queue's order as the real cache does: free ones first, then unleased ones that
     /// nobody waits for, and those that wait further back only while the queue drains.
-    fn prefer(&mut self, order: &[ContentHash], drain: bool) {
-        for (place, hash) in order.iter().enumerate() {
-            if self.held.contains_key(hash) {
+    fn prefer(&mut self, order: &[AdapterId], drain: bool) {
+        for (place, adapter_id) in order.iter().enumerate() {
+            if self.held.contains_key(adapter_id) {
                 continue;
             }
             if self.held.len() >= self.capacity {
-                let rank = |other: &ContentHash| order.iter().position(|h| h == other);
+                let rank = |other: &AdapterId| order.iter().position(|h| h == other);
                 let victim = self
                     .held
                     .iter()
@@ -68,7 +69,7 @@ impl Slots {
                 let Some(victim) = victim else { return };
                 self.held.remove(&victim);
             }
-            self.held.insert(*hash, (self.now_step + self.load_steps, 0));
+            self.held.insert(*adapter_id, (self.now_step + self.load_steps, 0));
             self.loads += 1;
         }
     }
@@ -86,16 +87,16 @@ impl AdapterView for Slots {
         self.epoch
     }
 
-    fn residency(&mut self, hash: &ContentHash) -> Residency {
-        match self.held.get(hash) {
+    fn residency(&mut self, adapter_id: &AdapterId) -> Residency {
+        match self.held.get(adapter_id) {
             Some(&(ready_at, _)) if ready_at <= self.now_step => Residency::Ready,
             Some(_) => Residency::Loading,
             None => Residency::NoSlot,
         }
     }
 
-    fn settled(&mut self, out: &mut Vec<ContentHash>) {
-        out.extend(self.held.iter().filter(|(_, held)| held.0 <= self.now_step).map(|(&hash, _)| hash));
+    fn settled(&mut self, out: &mut Vec<AdapterId>) {
+        out.extend(self.held.iter().filter(|(_, held)| held.0 <= self.now_step).map(|(&adapter_id, _)| adapter_id));
     }
 }
 
@@ -167,7 +168,7 @@ impl Sim {
         self.running.retain(|sequence| sequence.answer_left > 0);
         for (id, adapter) in finished {
             self.queue.left(id);
-            if let Some(held) = adapter.and_then(|hash| self.slots.held.get_mut(&hash)) {
+            if let Some(held) = adapter.and_then(|adapter_id| self.slots.held.get_mut(&adapter_id)) {
                 held.1 -= 1;
             }
         }
@@ -182,8 +183,8 @@ impl Sim {
             let now = self.now();
             let picked = self.queue.next(now, room, &mut self.slots);
             // The lease comes first: once picked, its adapter may be one that nobody waits for any more.
-            if let Some(hash) = picked.as_ref().and_then(|picked| picked.item.adapter) {
-                let held = self.slots.held.get_mut(&hash).expect("picked requests have a resident adapter");
+            if let Some(adapter_id) = picked.as_ref().and_then(|picked| picked.item.adapter) {
+                let held = self.slots.held.get_mut(&adapter_id).expect("picked requests have a resident adapter");
                 assert!(held.0 <= self.step, "picked while its adapter was loading");
                 held.1 += 1;
             }
