@@ -121,7 +121,8 @@ impl BaseRoom {
     /// With the path and the loader's reason.
     pub fn load_model(base: &BaseConfig) -> anyhow::Result<Arc<BaseModel>> {
         let numerics = if base.exact { Numerics::Exact } else { Numerics::Fast };
-        let model = BaseModel::load_shared(&base.path, numerics, base.panels.as_deref()).map_err(|error| load_failed(&base.path, &error))?;
+        let model = BaseModel::load_shared(&base.path, numerics, base.panels.as_deref())
+            .map_err(|error| load_failed(&base.path, &error))?;
         Ok(Arc::new(model))
     }
 

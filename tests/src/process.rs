@@ -41,7 +41,14 @@ impl NodeSpec {
 
     /// A node with a generated tiny model in `folder`.
     pub fn tiny(folder: &Path) -> Self {
-        Self { model: crate::tiny::model(folder), base: "tiny", aliases: &[], numerics: "exact", panels: "", tables: String::new() }
+        Self {
+            model: crate::tiny::model(folder),
+            base: "tiny",
+            aliases: &[],
+            numerics: "exact",
+            panels: "",
+            tables: String::new(),
+        }
     }
 
     /// Adds tables to the cluster file, such as `"[adapters]\nslots = 4"`.

@@ -61,7 +61,7 @@ pub(crate) struct PanelSource<'a, S> {
 enum Copy {
     None,
     Reading { file: Arc<Mapping>, at: usize },
-    Writing(Writer),
+    Writing(Box<Writer>),
 }
 
 struct Writer {
@@ -136,7 +136,7 @@ impl Copy {
             Ok(out)
         };
         match start() {
-            Ok(out) => Self::Writing(Writer { out, temporary, path: path.to_owned() }),
+            Ok(out) => Self::Writing(Box::new(Writer { out, temporary, path: path.to_owned() })),
             Err(error) => {
                 tracing::warn!(file = %path.display(), %error, "the packed copy of the base model cannot be written");
                 Self::None
