@@ -9,7 +9,7 @@ use crate::simd::{F32, Kernel, Simd, int_lanes, lanes};
 const CHAINS: usize = 12;
 /// Multiplications and additions of a step of [`int8`].
 pub const INT8_OPERATIONS_PER_STEP: usize = CHAINS * 4 * 16 * 4 * 2;
-/// Multiplications and additions of a step of [`f32`].
+/// Multiplications and additions of a step of [`prim@f32`].
 pub const F32_OPERATIONS_PER_STEP: usize = CHAINS * 16 * 2;
 
 /// Reads every byte once.
