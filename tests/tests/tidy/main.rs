@@ -110,14 +110,35 @@ fn crates_import_only_downwards() {
     let allowed: BTreeMap<&str, &[&str]> = BTreeMap::from([
         ("shared", &[][..]),
         ("kernels", &[]),
-        ("coordinator", &["shared"]),
+        ("wire", &["shared"]),
+        ("peer", &["shared", "wire"]),
+        ("client", &["shared", "wire"]),
+        ("coordinator", &["shared", "wire", "peer"]),
         ("model", &["shared", "kernels"]),
         ("queue", &["shared"]),
         ("adapters", &["shared", "model"]),
         ("scheduler", &["shared", "model", "adapters", "kernels"]),
-        ("node", &["shared", "kernels", "coordinator", "model", "scheduler", "queue", "adapters"]),
+        (
+            "node",
+            &["shared", "wire", "peer", "client", "kernels", "coordinator", "model", "scheduler", "queue", "adapters"],
+        ),
         ("bench", &["shared"]),
-        ("tests", &["shared", "kernels", "coordinator", "model", "scheduler", "queue", "adapters", "node"]),
+        (
+            "tests",
+            &[
+                "shared",
+                "wire",
+                "peer",
+                "client",
+                "kernels",
+                "coordinator",
+                "model",
+                "scheduler",
+                "queue",
+                "adapters",
+                "node",
+            ],
+        ),
     ]);
     let mut violations = Vec::new();
     for (path, text) in sources("toml").iter().filter(|(path, _)| path.ends_with("Cargo.toml")) {
