@@ -144,3 +144,44 @@ impl Envelope {
         self.generation.n
     }
 }
+
+/// What the client has of an answer so far. With the envelope it is all that another engine needs to go on: sampling,
+/// penalties, stop texts and grammars are functions of the tokens.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Emitted(
+    /// By choice index. Choices beyond the end have nothing; no more than `Generation::n`.
+    pub Vec<EmittedChoice>,
+);
+
+/// One choice of an [`Emitted`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct EmittedChoice {
+    /// Tokens delivered: `seq` 0, 1, 2 … of the choice.
+    pub tokens: Vec<u32>,
+    /// Its end was delivered, too: nothing of it is computed again.
+    pub finished: bool,
+}
+
+// === impl Emitted ===
+
+impl Emitted {
+    /// Tokens delivered of a choice.
+    pub fn tokens(&self, choice: u32) -> &[u32] {
+        self.0.get(choice as usize).map_or(&[], |choice| &choice.tokens)
+    }
+
+    /// Whether the end of a choice was delivered.
+    pub fn is_finished(&self, choice: u32) -> bool {
+        self.0.get(choice as usize).is_some_and(|choice| choice.finished)
+    }
+
+    /// Tokens delivered, all choices together.
+    pub fn n_tokens(&self) -> usize {
+        self.0.iter().map(|choice| choice.tokens.len()).sum()
+    }
+
+    /// No token was delivered.
+    pub fn is_empty(&self) -> bool {
+        self.n_tokens() == 0
+    }
+}
