@@ -32,6 +32,7 @@ pub mod seal;
 pub mod tenant;
 pub mod request;
 pub mod token;
+pub mod cluster;
 pub mod error;
 pub mod clock;
 pub mod config;
