@@ -5,16 +5,18 @@
 //! configuration: they live in the registry.
 
 pub mod file;
+mod nodes;
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::id::{BaseName, NodeId};
 use crate::tenant::{Limits, Tier};
 use file::ClusterFile;
+
+pub use nodes::NodeConfig;
 
 /// One mistake in the configuration file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,19 +42,6 @@ impl fmt::Display for ConfigError {
 }
 
 impl std::error::Error for ConfigError {}
-
-/// How one node listens and where it keeps its data.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NodeConfig {
-    /// Name.
-    pub name: NodeId,
-    /// Client port.
-    pub http: SocketAddr,
-    /// Operator port.
-    pub admin: SocketAddr,
-    /// Directory for registry, keys, adapters and journals.
-    pub data: PathBuf,
-}
 
 /// A base model that nodes load at start.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -169,6 +158,10 @@ pub struct ClusterConfig {
     pub tls: Option<TlsConfig>,
     /// How long running requests may go on after SIGTERM.
     pub drain: Duration,
+    /// Folder of the cluster's certificate authority.
+    pub ca: PathBuf,
+    /// Time between two heartbeats of a node.
+    pub heartbeat: Duration,
 }
 
 impl ClusterConfig {
@@ -224,8 +217,8 @@ impl Checker<'_> {
     fn check(&self, file: ClusterFile) -> Result<ClusterConfig, ConfigError> {
         let ClusterFile { cluster, nodes, bases, engine, clients, adapters, queue, tiers, tls, insecure } = file;
         let tls = tls.map(|tls| TlsConfig { certificate: self.resolve(&tls.certificate), key: self.resolve(&tls.key) });
-        let nodes = self.nodes(nodes, tls.is_some() || insecure)?;
         let bases = self.bases(bases)?;
+        let nodes = self.nodes(nodes, &bases, tls.is_some() || insecure)?;
         let reserves = [tiers.shared.reserve, tiers.premium.reserve, tiers.isolated.reserve];
         for (tier, reserve) in Tier::ALL.into_iter().zip(reserves) {
             self.fraction(&["tiers", tier.as_str(), "reserve"], reserve, 0.95)?;
@@ -241,6 +234,9 @@ impl Checker<'_> {
         for (tier, weight) in Tier::ALL.into_iter().zip(class_weights) {
             self.range(&["tiers", tier.as_str(), "weight"], weight as usize, 1, 1000)?;
         }
+        let drain_s = self.range(&["cluster", "drain_s"], cluster.drain_s as usize, 0, 3600)?;
+        // Below 20 ms a busy machine misses beats; above 10 s nobody would call it a failure detector.
+        let heartbeat_ms = self.range(&["cluster", "heartbeat_ms"], cluster.heartbeat_ms as usize, 20, 10_000)?;
         Ok(ClusterConfig {
             name: cluster.name,
             nodes,
@@ -255,49 +251,10 @@ impl Checker<'_> {
                 self.limits(Tier::Isolated, &tiers.isolated)?,
             ],
             tls,
-            drain: Duration::from_secs(self.range(&["cluster", "drain_s"], cluster.drain_s as usize, 0, 3600)? as u64),
+            drain: Duration::from_secs(drain_s as u64),
+            ca: self.resolve(&cluster.ca),
+            heartbeat: Duration::from_millis(heartbeat_ms as u64),
         })
-    }
-
-    fn nodes(&self, nodes: Vec<file::Node>, may_leave_loopback: bool) -> Result<Vec<NodeConfig>, ConfigError> {
-        if nodes.is_empty() {
-            return Err(self.wrong(
-                &["nodes"],
-                "no node is listed".into(),
-                "add a [[nodes]] table with name, http, admin and data",
-            ));
-        }
-        let mut names = BTreeSet::new();
-        let mut ports = BTreeSet::new();
-        let mut checked = Vec::new();
-        for node in nodes {
-            let name = node.name.clone();
-            if !names.insert(name.clone()) {
-                return Err(self.wrong(
-                    &["nodes"],
-                    format!("two nodes are named {name}"),
-                    "give every node its own name",
-                ));
-            }
-            for address in [node.http, node.admin] {
-                if address.port() != 0 && !ports.insert(address) {
-                    return Err(self.wrong(
-                        &["nodes"],
-                        format!("address {address} of node {name} is used twice"),
-                        "give every listener its own port",
-                    ));
-                }
-                if !address.ip().is_loopback() && !may_leave_loopback {
-                    return Err(self.wrong(
-                        &["nodes"],
-                        format!("node {name} would listen on {address} without TLS"),
-                        "add a [tls] table, listen on 127.0.0.1, or set insecure = true if something in front encrypts",
-                    ));
-                }
-            }
-            checked.push(NodeConfig { name, http: node.http, admin: node.admin, data: self.resolve(&node.data) });
-        }
-        Ok(checked)
     }
 
     fn bases(&self, bases: Vec<file::Base>) -> Result<Vec<BaseConfig>, ConfigError> {
@@ -435,16 +392,25 @@ impl Checker<'_> {
         ConfigError { path: self.path.to_owned(), line: self.line_of(key), message, hint: hint.to_owned() }
     }
 
-    /// Line of the innermost part of `key` that stands in the file.
+    /// Line of the innermost part of `key` that stands in the file; a number picks one of an array of tables.
     fn line_of(&self, key: &[&str]) -> Option<usize> {
+        use toml::de::DeValue;
         let document = toml::de::DeTable::parse(self.text).ok()?;
         let mut table = document.get_ref();
         let mut line = None;
-        for part in key {
-            let (name, value) = table.iter().find(|(name, _)| name.get_ref() == part)?;
+        let mut parts = key.iter();
+        while let Some(part) = parts.next() {
+            let Some((name, value)) = table.iter().find(|(name, _)| name.get_ref() == part) else { break };
             line = Some(line_at(self.text, name.span().start));
             match value.get_ref() {
-                toml::de::DeValue::Table(inner) => table = inner,
+                DeValue::Table(inner) => table = inner,
+                DeValue::Array(tables) => {
+                    let element = parts.next().and_then(|number| tables.get(number.parse::<usize>().ok()?));
+                    let Some(element) = element else { break };
+                    line = Some(line_at(self.text, element.span().start));
+                    let DeValue::Table(inner) = element.get_ref() else { break };
+                    table = inner;
+                }
                 _ => break,
             }
         }

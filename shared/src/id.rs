@@ -105,6 +105,14 @@ name_type! {
     /// A node of the cluster, as named in `cluster.toml`.
     NodeId, "node name", b"-", "use a-z, 0-9 and inner '-', at most 63 characters"
 }
+name_type! {
+    /// A group of nodes that serves a group of tenants: `default`, `clinics`.
+    PoolName, "pool name", b"-", "use a-z, 0-9 and inner '-', at most 63 characters"
+}
+name_type! {
+    /// Where a node stands, as contracts name it: `eu-west`.
+    RegionName, "region name", b"-", "use a-z, 0-9 and inner '-', at most 63 characters"
+}
 
 /// The full name of an adapter version: `{client}-{task}-{base}-v{major}.{minor}.{patch}` (VER-01).
 ///

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::{BaseName, NodeId};
+use crate::id::{BaseName, NodeId, PoolName, RegionName};
 
 /// The whole file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -52,11 +52,15 @@ pub struct Cluster {
     pub name: String,
     /// Seconds that running requests get to finish after SIGTERM.
     pub drain_s: u32,
+    /// Folder of the cluster's certificate authority; needed where nodes are invited, not where they run.
+    pub ca: PathBuf,
+    /// Milliseconds between two heartbeats of a node.
+    pub heartbeat_ms: u32,
 }
 
 impl Default for Cluster {
     fn default() -> Self {
-        Self { name: "tenantry".into(), drain_s: 30 }
+        Self { name: "tenantry".into(), drain_s: 30, ca: ".tenantry/ca".into(), heartbeat_ms: 100 }
     }
 }
 
@@ -72,6 +76,33 @@ pub struct Node {
     pub admin: SocketAddr,
     /// Directory for everything the node keeps.
     pub data: PathBuf,
+    /// UDP port for the other nodes.
+    pub peer: Option<SocketAddr>,
+    /// UDP port for clients over QUIC.
+    pub clients_quic: Option<SocketAddr>,
+    /// Share of the tenants, against the other nodes.
+    #[serde(default = "one")]
+    pub capacity: u32,
+    /// Keeps the registry; left out, the first [`REGISTRY_NODES`] nodes do.
+    pub registry: Option<bool>,
+    /// Which group of tenants it serves.
+    #[serde(default = "default_pool")]
+    pub pool: PoolName,
+    /// Where it stands.
+    pub region: Option<RegionName>,
+    /// Base models it loads; left out, all.
+    pub bases: Option<Vec<BaseName>>,
+}
+
+/// Nodes that keep the registry when none says so: three outlive the loss of one.
+pub const REGISTRY_NODES: usize = 3;
+
+fn one() -> u32 {
+    1
+}
+
+fn default_pool() -> PoolName {
+    "default".parse().expect("the literal is a name")
 }
 
 /// `[[bases]]`

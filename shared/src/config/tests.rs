@@ -36,6 +36,30 @@ fn the_shipped_file_spells_out_every_default() {
 }
 
 #[test]
+fn the_shipped_file_shows_every_key_of_a_node_with_its_default() {
+    let uncommented: String = SHIPPED
+        .split_inclusive('\n')
+        .map(|line| {
+            let bare = line.strip_prefix("# ").filter(|bare| bare.split(" = ").next().is_some_and(is_key));
+            bare.unwrap_or(line)
+        })
+        .collect();
+    let without_tls = uncommented.split("[tls]").next().expect("the table of certificates stands last");
+    let shown: ClusterFile = toml::from_str(without_tls.trim_end_matches("# ")).expect("the comments are valid keys");
+    let (bare, shown) = (&parse(SHIPPED).expect("valid").nodes[0], &shown.nodes[0]);
+    let named = toml::Table::try_from(shown).expect("serialises");
+    let keys =
+        ["name", "http", "admin", "data", "peer", "clients_quic", "capacity", "registry", "pool", "region", "bases"];
+    assert!(named.keys().all(|key| keys.contains(&key.as_str())) && named.len() == keys.len(), "{named:?}");
+    assert_eq!((shown.capacity, shown.registry, &shown.pool), (bare.capacity, Some(bare.registry), &bare.pool));
+    assert_eq!(shown.bases.as_ref(), Some(&bare.bases));
+}
+
+fn is_key(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_')
+}
+
+#[test]
 fn the_shipped_file_is_valid_and_resolves_paths() {
     let config = parse(SHIPPED).expect("valid");
     assert_eq!(config.nodes[0].data, Path::new("/etc/tenantry/.tenantry/a"));
@@ -57,6 +81,13 @@ fn mistakes_are_refused_with_line_and_hint() {
     let cases: &[(&str, &str, &str)] = &[
         ("drain_s = 30", "drain_seconds = 30", "unknown field"),
         ("drain_s = 30", "drain_s = 99999", "cluster.drain_s is 99999"),
+        ("heartbeat_ms = 100", "heartbeat_ms = 10", "cluster.heartbeat_ms is 10"),
+        ("# capacity = 1 ", "capacity = 0 ", "capacity is 0"),
+        ("# registry = true", "registry = false", "0 nodes keep the registry"),
+        ("# bases = [\"smollm2\"]", "bases = [\"other\"]", "lists base other"),
+        ("# bases = [\"smollm2\"]", "bases = []", "lists no base"),
+        ("# pool = \"default\"", "pool = \"De fault\"", "pool name \"De fault\" is not valid"),
+        ("# region = \"eu-west\"", "region = \"\"", "region name \"\" is not valid"),
         ("threads = 0", "threads = 1000", "engine.threads is 1000"),
         ("threads = 0", "threads = -1", "invalid value"),
         ("threads = 0", "threads = \"many\"", "invalid type"),
@@ -103,4 +134,57 @@ fn duplicates_and_missing_tables_are_refused() {
     assert!(parse(&format!("{node}{twin}{base}")).expect_err("twins").message.contains("two nodes are named a"));
     assert!(parse(&format!("{node}{base}{base}")).expect_err("twins").message.contains("two bases are named b"));
     assert!(parse(&format!("insecure = true\n{}{base}", node.replace("127.0.0.1:1", "0.0.0.0:1"))).is_ok());
+}
+
+/// Two nodes; `first` and `second` are added to their tables.
+fn two_nodes(first: &str, second: &str) -> String {
+    let node = |name: &str, port: u16, more: &str| {
+        let (http, admin) = (format!("127.0.0.1:{port}"), format!("127.0.0.1:{}", port + 1));
+        format!("[[nodes]]\nname = \"{name}\"\nhttp = \"{http}\"\nadmin = \"{admin}\"\ndata = \"{name}\"\n{more}\n")
+    };
+    format!("{}{}[[bases]]\nname = \"base\"\npath = \"p\"\n", node("a", 8080, first), node("b", 8090, second))
+}
+
+#[test]
+fn several_nodes_need_peer_addresses_that_do_not_clash() {
+    let (a, b) = ("peer = \"127.0.0.1:7080\"", "peer = \"127.0.0.1:7090\"");
+    let config = parse(&two_nodes(a, b)).expect("valid");
+    assert_eq!(config.nodes[1].peer, Some("127.0.0.1:7090".parse().expect("an address")));
+    assert!(config.nodes.iter().all(|node| node.registry && node.capacity == 1 && node.bases.len() == 1));
+    assert_eq!(
+        (config.heartbeat, config.ca.as_path()),
+        (Duration::from_millis(100), Path::new("/etc/tenantry/.tenantry/ca"))
+    );
+    let missing = parse(&two_nodes(a, "")).expect_err("b has no peer address");
+    assert!(missing.message.contains("node b has no peer address"), "{missing}");
+    assert!(missing.line == Some(7) && missing.hint.contains("peer ="), "{missing}");
+    let twice = parse(&two_nodes(a, a)).expect_err("one address for two");
+    assert!(twice.message.contains("127.0.0.1:7080 of node b is used twice"), "{twice}");
+    assert_eq!(twice.line, Some(12), "{twice}");
+    // UDP and TCP ports are different ports, and UDP is always encrypted.
+    let shared = format!("{a}\nclients_quic = \"127.0.0.1:8080\"");
+    assert!(parse(&two_nodes(&shared, "peer = \"0.0.0.0:7090\"")).is_ok());
+}
+
+#[test]
+fn the_first_three_nodes_keep_the_registry_unless_the_file_says_otherwise() {
+    let nodes = |registry: &str| {
+        let node = |n: usize| {
+            format!(
+                "[[nodes]]\nname = \"n{n}\"\nhttp = \"127.0.0.1:{}\"\nadmin = \"127.0.0.1:{}\"\ndata = \"n{n}\"\n\
+                 peer = \"127.0.0.1:{}\"\n{registry}\n",
+                8000 + n,
+                8100 + n,
+                7000 + n
+            )
+        };
+        (0..6).map(node).collect::<String>() + "[[bases]]\nname = \"base\"\npath = \"p\"\n"
+    };
+    let config = parse(&nodes("")).expect("valid");
+    assert_eq!(
+        config.nodes.iter().map(|node| node.registry).collect::<Vec<_>>(),
+        [true, true, true, false, false, false]
+    );
+    let six = parse(&nodes("registry = true")).expect_err("six are too many");
+    assert!(six.message.contains("6 nodes keep the registry") && six.line.is_some(), "{six}");
 }
