@@ -6,6 +6,7 @@
 //! | who a key belongs to | [`auth`]: only a snapshot makes an [`auth::AuthedTenant`] | gateway |
 //! | what a `model` field means | [`resolve`] (core) | gateway |
 //! | what a tenant has used of its rates | [`admission`] (core), held by the gateway behind one short lock | gateway |
+//! | who lives, and how much of the ring each node may have | [`membership`] (core) | the routes made from it |
 //!
 //! The registry is a pure state changed only by commands. A command carries everything that is random or
 //! read from a clock, so that applying the same commands anywhere gives the same state: replication adds a
@@ -20,5 +21,6 @@ pub mod auth;
 pub mod resolve;
 pub mod admission;
 pub mod limits;
+pub mod membership;
 #[cfg(test)]
 mod testing;

@@ -6,9 +6,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
 use shared::clock::{Clock, SystemClock};
+use shared::cluster::{Heartbeat, NodeLoad, NodePhase};
 use shared::hash::ContentHash;
+use shared::id::NodeId;
 use shared::tenant::{Fallback, Limits, Tier};
 
+use crate::membership::MemberSpec;
 use crate::registry::command::TenantSpec;
 use crate::registry::record::{AdapterKind, AdapterRecord};
 
@@ -57,6 +60,24 @@ pub(crate) fn adapter(name: &str, content: &str) -> AdapterRecord {
         base: name.base.clone(),
         name,
     }
+}
+
+/// The first heartbeat of a life that serves and is idle.
+pub(crate) fn beat(incarnation: u64) -> Heartbeat {
+    Heartbeat {
+        incarnation,
+        seq: 0,
+        uptime_ms: 0,
+        epoch: 0,
+        phase: NodePhase::Serving,
+        load: NodeLoad { running: 0, places: 8, waiting: 0 },
+    }
+}
+
+/// A node of the default pool that hosts `smollm2`.
+pub(crate) fn spec_of_node(id: &NodeId, capacity: u32) -> MemberSpec {
+    let bases = vec!["smollm2".parse().expect("valid base")];
+    MemberSpec { id: id.clone(), capacity, pool: "default".to_owned(), region: None, bases }
 }
 
 /// A directory that goes when the test ends.
