@@ -1,0 +1,344 @@
+//! From vocabulary to frames and back, by hand: what comes in is checked for meaning, not only for shape.
+//!
+//! [`envelope`] and [`event`] hold the two large ones. A peer is authenticated but may be broken: names are parsed
+//! again, numbers are bounded, and nothing here panics on what a frame says.
+
+mod envelope;
+mod event;
+
+use std::fmt;
+use std::time::Instant;
+
+use shared::adapter::AdapterRef;
+use shared::cluster::{Heartbeat, NodeLoad, NodePhase};
+use shared::hash::ContentHash;
+use shared::id::RequestId;
+
+use crate::frame::{Frame, FrameError, Kind};
+use crate::message::{self as m, Body, read, write};
+use crate::node::{
+    Answer, Hello, JournalDelta, JournalRecord, Message, Progress, Request, Response, ServedBase, Start,
+};
+
+/// Nodes a redirect may name.
+const MOVED_MAX: usize = 8;
+/// Bases a node may serve.
+const BASES_MAX: usize = 256;
+
+/// A value of the right shape without a meaning.
+#[derive(Debug)]
+struct Meaningless(String);
+
+impl<E: fmt::Display> From<E> for Meaningless {
+    fn from(error: E) -> Self {
+        Self(error.to_string())
+    }
+}
+
+impl Meaningless {
+    fn at(self, kind: Kind) -> FrameError {
+        FrameError::Body { name: kind.name, reason: self.0 }
+    }
+}
+
+/// An error when `holds` is false.
+fn ensure(holds: bool, what: impl FnOnce() -> String) -> Result<(), Meaningless> {
+    if holds { Ok(()) } else { Err(Meaningless(what())) }
+}
+
+/// A decoder was given other kinds than those of the message it reads.
+fn unexpected(frame: &Frame) -> FrameError {
+    FrameError::Type { found: frame.kind.id }
+}
+
+impl Message for Hello {
+    const KINDS: &'static [Kind] = &[m::Hello::KIND];
+
+    fn encode(&self, _: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
+        let base = |base: &ServedBase| m::ServedBase {
+            name: base.name.to_string(),
+            hash: base.hash.0,
+            numerics_id: base.numerics_id.clone(),
+        };
+        let hello = m::Hello {
+            cluster: self.cluster.clone(),
+            node: self.node.to_string(),
+            incarnation: self.incarnation,
+            bases: self.bases.iter().map(base).collect(),
+        };
+        write(&hello, out)
+    }
+
+    fn decode(frame: &Frame, _: Instant) -> Result<Self, FrameError> {
+        let hello: m::Hello = read(frame)?;
+        let checked = || -> Result<Self, Meaningless> {
+            ensure(hello.bases.len() <= BASES_MAX, || format!("{} bases, limit {BASES_MAX}", hello.bases.len()))?;
+            let base = |base: m::ServedBase| -> Result<ServedBase, Meaningless> {
+                Ok(ServedBase { name: base.name.parse()?, hash: ContentHash(base.hash), numerics_id: base.numerics_id })
+            };
+            Ok(Self {
+                cluster: hello.cluster,
+                node: hello.node.parse()?,
+                incarnation: hello.incarnation,
+                bases: hello.bases.into_iter().map(base).collect::<Result<_, _>>()?,
+            })
+        };
+        checked().map_err(|error| error.at(frame.kind))
+    }
+}
+
+impl Message for Heartbeat {
+    const KINDS: &'static [Kind] = &[m::Heartbeat::KIND];
+
+    fn encode(&self, _: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
+        let beat = m::Heartbeat {
+            incarnation: self.incarnation,
+            seq: self.seq,
+            uptime_ms: self.uptime_ms,
+            epoch: self.epoch,
+            phase: match self.phase {
+                NodePhase::Serving => m::Phase::Serving,
+                NodePhase::Draining => m::Phase::Draining,
+                NodePhase::Leaving => m::Phase::Leaving,
+            },
+            running: self.load.running,
+            places: self.load.places,
+            waiting: self.load.waiting,
+        };
+        write(&beat, out)
+    }
+
+    fn decode(frame: &Frame, _: Instant) -> Result<Self, FrameError> {
+        let beat: m::Heartbeat = read(frame)?;
+        Ok(Self {
+            incarnation: beat.incarnation,
+            seq: beat.seq,
+            uptime_ms: beat.uptime_ms,
+            epoch: beat.epoch,
+            phase: match beat.phase {
+                m::Phase::Serving => NodePhase::Serving,
+                m::Phase::Draining => NodePhase::Draining,
+                m::Phase::Leaving => NodePhase::Leaving,
+            },
+            load: NodeLoad { running: beat.running, places: beat.places, waiting: beat.waiting },
+        })
+    }
+}
+
+impl Message for Start {
+    const KINDS: &'static [Kind] = &[m::Start::KIND];
+
+    fn encode(&self, now: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
+        let start = m::Start {
+            envelope: envelope::to_wire(&self.envelope, now),
+            attempt: self.attempt,
+            epoch: self.epoch,
+            emitted: envelope::emitted_to_wire(&self.emitted),
+        };
+        write(&start, out)
+    }
+
+    fn decode(frame: &Frame, now: Instant) -> Result<Self, FrameError> {
+        let start: m::Start = read(frame)?;
+        let checked = || -> Result<Self, Meaningless> {
+            let envelope = envelope::from_wire(start.envelope, now)?;
+            Ok(Self {
+                emitted: envelope::emitted_from_wire(start.emitted, &envelope.generation)?,
+                envelope,
+                attempt: start.attempt,
+                epoch: start.epoch,
+            })
+        };
+        checked().map_err(|error| error.at(frame.kind))
+    }
+}
+
+impl Message for Answer {
+    const KINDS: &'static [Kind] = &[m::Event::KIND, m::Moved::KIND, m::Refused::KIND];
+
+    fn encode(&self, _: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
+        match self {
+            Self::Event { attempt, event } => write(&m::Event { attempt: *attempt, event: event::to_wire(event) }, out),
+            Self::Moved { epoch, to } => {
+                write(&m::Moved { epoch: *epoch, to: to.iter().map(ToString::to_string).collect() }, out)
+            }
+            Self::Refused(error) => write(&event::error_to_wire(error), out),
+        }
+    }
+
+    fn decode(frame: &Frame, _: Instant) -> Result<Self, FrameError> {
+        match frame.kind.id {
+            id if id == m::Event::KIND.id => {
+                let m::Event { attempt, event } = read(frame)?;
+                Ok(Self::Event { attempt, event: event::from_wire(event) })
+            }
+            id if id == m::Moved::KIND.id => {
+                let m::Moved { epoch, to } = read(frame)?;
+                let checked = || -> Result<Self, Meaningless> {
+                    ensure(to.len() <= MOVED_MAX, || format!("{} nodes, limit {MOVED_MAX}", to.len()))?;
+                    Ok(Self::Moved { epoch, to: to.iter().map(|node| node.parse()).collect::<Result<_, _>>()? })
+                };
+                checked().map_err(|error| error.at(frame.kind))
+            }
+            id if id == m::Refused::KIND.id => Ok(Self::Refused(event::error_from_wire(read(frame)?))),
+            _ => Err(unexpected(frame)),
+        }
+    }
+}
+
+impl Message for Request {
+    const KINDS: &'static [Kind] = &[
+        m::Raft::KIND,
+        m::Admin::KIND,
+        m::Warm::KIND,
+        m::JournalOpen::KIND,
+        m::JournalPut::KIND,
+        m::JournalTake::KIND,
+        m::DrainNotice::KIND,
+        m::Probe::KIND,
+    ];
+
+    fn encode(&self, now: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
+        match self {
+            Self::Raft { group, bytes } => write(&m::Raft { group: *group, bytes: bytes.clone() }, out),
+            Self::Admin { bytes } => write(&m::Admin { bytes: bytes.clone() }, out),
+            Self::Warm { epoch, base, adapter } => {
+                let (base, tenant) = (base.to_string(), adapter.tenant.to_string());
+                write(&m::Warm { epoch: *epoch, base, tenant, hash: adapter.hash.0 }, out)
+            }
+            Self::JournalOpen(record) => write(&m::JournalOpen { record: record_to_wire(record, now) }, out),
+            Self::JournalPut(deltas) => {
+                write(&m::JournalPut { deltas: deltas.iter().map(delta_to_wire).collect() }, out)
+            }
+            Self::JournalTake { id } => write(&m::JournalTake { id: id.0 }, out),
+            Self::DrainNotice { epoch } => write(&m::DrainNotice { epoch: *epoch }, out),
+            Self::Probe { id, attempt } => write(&m::Probe { id: id.0, attempt: *attempt }, out),
+        }
+    }
+
+    fn decode(frame: &Frame, now: Instant) -> Result<Self, FrameError> {
+        Ok(match frame.kind.id {
+            id if id == m::Raft::KIND.id => {
+                let m::Raft { group, bytes } = read(frame)?;
+                Self::Raft { group, bytes }
+            }
+            id if id == m::Admin::KIND.id => Self::Admin { bytes: read::<m::Admin>(frame)?.bytes },
+            id if id == m::Warm::KIND.id => {
+                let warm: m::Warm = read(frame)?;
+                let checked = || -> Result<Self, Meaningless> {
+                    let adapter = AdapterRef { tenant: warm.tenant.parse()?, hash: ContentHash(warm.hash) };
+                    Ok(Self::Warm { epoch: warm.epoch, base: warm.base.parse()?, adapter })
+                };
+                checked().map_err(|error| error.at(frame.kind))?
+            }
+            id if id == m::JournalOpen::KIND.id => {
+                let record = record_from_wire(read::<m::JournalOpen>(frame)?.record, now);
+                Self::JournalOpen(Box::new(record.map_err(|error| error.at(frame.kind))?))
+            }
+            id if id == m::JournalPut::KIND.id => {
+                Self::JournalPut(read::<m::JournalPut>(frame)?.deltas.into_iter().map(delta_from_wire).collect())
+            }
+            id if id == m::JournalTake::KIND.id => {
+                Self::JournalTake { id: RequestId(read::<m::JournalTake>(frame)?.id) }
+            }
+            id if id == m::DrainNotice::KIND.id => Self::DrainNotice { epoch: read::<m::DrainNotice>(frame)?.epoch },
+            id if id == m::Probe::KIND.id => {
+                let m::Probe { id, attempt } = read(frame)?;
+                Self::Probe { id: RequestId(id), attempt }
+            }
+            _ => return Err(unexpected(frame)),
+        })
+    }
+}
+
+impl Message for Response {
+    const KINDS: &'static [Kind] = &[
+        m::RaftReply::KIND,
+        m::AdminReply::KIND,
+        m::Done::KIND,
+        m::Journal::KIND,
+        m::ProbeReply::KIND,
+        m::Refused::KIND,
+    ];
+
+    fn encode(&self, now: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
+        match self {
+            Self::Raft { bytes } => write(&m::RaftReply { bytes: bytes.clone() }, out),
+            Self::Admin { bytes } => write(&m::AdminReply { bytes: bytes.clone() }, out),
+            Self::Done => write(&m::Done { reserved: 0 }, out),
+            Self::Journal(record) => {
+                let record = record.as_deref().map(|record| record_to_wire(record, now));
+                write(&m::Journal { record }, out)
+            }
+            Self::Probe(Progress { known, running, n_tokens }) => {
+                write(&m::ProbeReply { known: *known, running: *running, n_tokens: *n_tokens }, out)
+            }
+            Self::Refused(error) => write(&event::error_to_wire(error), out),
+        }
+    }
+
+    fn decode(frame: &Frame, now: Instant) -> Result<Self, FrameError> {
+        Ok(match frame.kind.id {
+            id if id == m::RaftReply::KIND.id => Self::Raft { bytes: read::<m::RaftReply>(frame)?.bytes },
+            id if id == m::AdminReply::KIND.id => Self::Admin { bytes: read::<m::AdminReply>(frame)?.bytes },
+            id if id == m::Done::KIND.id => {
+                let _: m::Done = read(frame)?;
+                Self::Done
+            }
+            id if id == m::Journal::KIND.id => {
+                let record = read::<m::Journal>(frame)?.record.map(|record| record_from_wire(record, now)).transpose();
+                Self::Journal(record.map_err(|error| error.at(frame.kind))?.map(Box::new))
+            }
+            id if id == m::ProbeReply::KIND.id => {
+                let m::ProbeReply { known, running, n_tokens } = read(frame)?;
+                Self::Probe(Progress { known, running, n_tokens })
+            }
+            id if id == m::Refused::KIND.id => Self::Refused(event::error_from_wire(read(frame)?)),
+            _ => return Err(unexpected(frame)),
+        })
+    }
+}
+
+fn record_to_wire(record: &JournalRecord, now: Instant) -> m::JournalRecord {
+    m::JournalRecord {
+        envelope: envelope::to_wire(&record.envelope, now),
+        attempt: record.attempt,
+        answer: record.answer.clone(),
+        emitted: envelope::emitted_to_wire(&record.emitted),
+    }
+}
+
+fn record_from_wire(record: m::JournalRecord, now: Instant) -> Result<JournalRecord, Meaningless> {
+    let envelope = envelope::from_wire(record.envelope, now)?;
+    Ok(JournalRecord {
+        emitted: envelope::emitted_from_wire(record.emitted, &envelope.generation)?,
+        envelope,
+        attempt: record.attempt,
+        answer: record.answer,
+    })
+}
+
+fn delta_to_wire(delta: &JournalDelta) -> m::JournalDelta {
+    m::JournalDelta {
+        id: delta.id.0,
+        attempt: delta.attempt,
+        choice: delta.choice,
+        from: delta.from,
+        tokens: delta.tokens.clone(),
+        finished: delta.finished,
+    }
+}
+
+fn delta_from_wire(delta: m::JournalDelta) -> JournalDelta {
+    JournalDelta {
+        id: RequestId(delta.id),
+        attempt: delta.attempt,
+        choice: delta.choice,
+        from: delta.from,
+        tokens: delta.tokens,
+        finished: delta.finished,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,493 @@
+//! What is said is what is heard; what is changed on the way is refused or harmless; the bytes of wire version 1
+//! stay what they are.
+
+use std::collections::BTreeSet;
+use std::fmt::Debug;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+use shared::clock::{Clock, SystemClock};
+use shared::error::{ErrorKind, RequestError};
+use shared::id::Route;
+use shared::request::{AdapterPin, Emitted, EmittedChoice, Envelope, Generation, Grammar, Sampling};
+use shared::tenant::Tier;
+use shared::token::{FinishReason, PositionLogprobs, TokenEvent, TokenLogprob};
+
+use super::*;
+use crate::frame::{Decoder, HEADER_BYTES};
+use crate::message::KINDS;
+
+/// Numbers that look random and are the same everywhere (splitmix64).
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.roll() % n as u64) as usize
+    }
+
+    fn coin(&mut self) -> bool {
+        self.roll() & 1 == 1
+    }
+
+    fn word(&mut self) -> u32 {
+        self.roll() as u32
+    }
+
+    fn number(&mut self) -> f32 {
+        self.below(4000) as f32 / 1000.0 - 2.0
+    }
+
+    fn words(&mut self, most: usize) -> Vec<u32> {
+        (0..self.below(most + 1)).map(|_| self.word()).collect()
+    }
+
+    fn bytes(&mut self, most: usize) -> Vec<u8> {
+        (0..self.below(most + 1)).map(|_| self.roll() as u8).collect()
+    }
+
+    fn text(&mut self, most: usize) -> String {
+        (0..self.below(most + 1)).map(|_| ['a', 'ß', '"', '\n', '🦀', '\0'][self.below(6)]).collect()
+    }
+
+    fn hash(&mut self) -> ContentHash {
+        ContentHash(std::array::from_fn(|_| self.roll() as u8))
+    }
+
+    fn id(&mut self) -> RequestId {
+        RequestId(u128::from(self.roll()) << 64 | u128::from(self.roll()))
+    }
+
+    fn name(&mut self) -> String {
+        (0..1 + self.below(63)).map(|_| char::from(b"abcdefghijklmnopqrstuvwxyz0123456789"[self.below(36)])).collect()
+    }
+
+    fn maybe<T>(&mut self, make: impl FnOnce(&mut Self) -> T) -> Option<T> {
+        self.coin().then(|| make(self))
+    }
+
+    fn some<T>(&mut self, most: usize, mut make: impl FnMut(&mut Self) -> T) -> Vec<T> {
+        (0..self.below(most + 1)).map(|_| make(self)).collect()
+    }
+
+    fn envelope(&mut self, now: Instant) -> Envelope {
+        let tenant = self.name();
+        let (task, base) = (self.name(), self.name());
+        let pin = self.maybe(|dice| AdapterPin {
+            name: format!("{tenant}-{task}-{base}-v1.{}.0", dice.below(9)).parse().expect("a name"),
+            hash: dice.hash(),
+        });
+        Envelope {
+            id: self.id(),
+            route: Route {
+                tenant: tenant.parse().expect("a name"),
+                task: self.coin().then(|| task.parse().expect("a name")),
+            },
+            tier: Tier::ALL[self.below(3)],
+            weight: 1 + self.word() / 2,
+            concurrency: 1 + self.word() / 2,
+            queue_depth: self.word(),
+            base: base.parse().expect("a name"),
+            adapter: pin,
+            fell_back: self.coin(),
+            cache_secret: self.hash().0,
+            generation: Arc::new(self.generation()),
+            contract_epoch: self.roll(),
+            admitted_at: now - Duration::from_millis(self.below(5000) as u64),
+            deadline: now + Duration::from_millis(self.below(3_600_000) as u64),
+        }
+    }
+
+    fn generation(&mut self) -> Generation {
+        Generation {
+            prompt: (0..1 + self.below(300)).map(|_| self.word()).collect(),
+            n: 1 + self.below(8) as u32,
+            max_tokens: 64 + self.word() / 2,
+            min_tokens: self.word(),
+            ignore_eos: self.coin(),
+            stop_token_ids: self.words(8),
+            stop: self.some(4, |dice| dice.text(40)),
+            sampling: Sampling {
+                temperature: self.number(),
+                top_p: self.number(),
+                top_k: self.word(),
+                min_p: self.number(),
+                repetition_penalty: self.number(),
+                presence_penalty: self.number(),
+                frequency_penalty: self.number(),
+                logit_bias: self.some(9, |dice| (dice.word(), dice.number())),
+                seed: self.roll(),
+            },
+            logprobs: self.maybe(Self::word),
+            prompt_logprobs: self.maybe(Self::word),
+            grammar: [
+                None,
+                Some(Grammar::JsonObject),
+                Some(Grammar::JsonSchema(self.text(99))),
+                Some(Grammar::Lark(self.text(99))),
+            ][self.below(4)]
+            .clone(),
+        }
+    }
+
+    fn emitted(&mut self, generation: &Generation) -> Emitted {
+        let choice = |dice: &mut Self| EmittedChoice { tokens: dice.words(40), finished: dice.coin() };
+        Emitted(self.some(generation.n as usize, choice))
+    }
+
+    fn error(&mut self) -> RequestError {
+        let kinds = [ErrorKind::Invalid, ErrorKind::Throttled, ErrorKind::Unavailable, ErrorKind::Internal];
+        RequestError {
+            param: self.maybe(|dice| dice.text(20).into()),
+            retry_after: self.maybe(|dice| Duration::from_millis(dice.roll() >> 20)),
+            ..RequestError::new(kinds[self.below(4)], "queue_full", self.text(200))
+        }
+    }
+
+    fn position(&mut self) -> PositionLogprobs {
+        let one = |dice: &mut Self| TokenLogprob { id: dice.word(), logprob: dice.number() };
+        PositionLogprobs { chosen: one(self), top: self.some(5, one) }
+    }
+
+    fn event(&mut self, which: usize) -> TokenEvent {
+        let time = Duration::from_micros(self.roll() >> 20);
+        match which {
+            0 => TokenEvent::Started { queue_wait: time, cached_tokens: self.word(), fell_back: self.coin() },
+            1 => TokenEvent::Prompt { logprobs: self.some(30, Self::position) },
+            2 => TokenEvent::Token {
+                choice: self.word(),
+                seq: self.word(),
+                id: self.word(),
+                logprobs: self.maybe(Self::position),
+            },
+            3 => {
+                let reasons = [FinishReason::Stop, FinishReason::StopText { index: 3 }, FinishReason::Length];
+                TokenEvent::Finished { choice: self.word(), reason: reasons[self.below(3)].clone(), compute: time }
+            }
+            _ => TokenEvent::Failed(self.error()),
+        }
+    }
+
+    fn record(&mut self, now: Instant) -> Box<JournalRecord> {
+        let envelope = self.envelope(now);
+        let emitted = self.emitted(&envelope.generation);
+        Box::new(JournalRecord { envelope, attempt: self.word(), answer: self.bytes(99), emitted })
+    }
+
+    fn node(&mut self) -> shared::id::NodeId {
+        self.name().parse().expect("a name")
+    }
+
+    fn hello(&mut self) -> Hello {
+        let base = |dice: &mut Self| ServedBase {
+            name: dice.name().parse().expect("a name"),
+            hash: dice.hash(),
+            numerics_id: dice.text(20),
+        };
+        Hello { cluster: self.text(20), node: self.node(), incarnation: self.roll(), bases: self.some(3, base) }
+    }
+
+    fn heartbeat(&mut self) -> Heartbeat {
+        let phases = [NodePhase::Serving, NodePhase::Draining, NodePhase::Leaving];
+        Heartbeat {
+            incarnation: self.roll(),
+            seq: self.roll(),
+            uptime_ms: self.roll(),
+            epoch: self.roll(),
+            phase: phases[self.below(3)],
+            load: NodeLoad { running: self.word(), places: self.word(), waiting: self.word() },
+        }
+    }
+
+    fn start(&mut self, now: Instant) -> Start {
+        let envelope = self.envelope(now);
+        let emitted = self.emitted(&envelope.generation);
+        Start { envelope, attempt: self.word(), epoch: self.roll(), emitted }
+    }
+
+    fn answers(&mut self) -> Vec<Answer> {
+        let mut all: Vec<Answer> =
+            (0..5).map(|which| Answer::Event { attempt: self.word(), event: self.event(which) }).collect();
+        all.push(Answer::Moved { epoch: self.roll(), to: self.some(MOVED_MAX, Self::node) });
+        all.push(Answer::Refused(self.error()));
+        all
+    }
+
+    fn requests(&mut self, now: Instant) -> Vec<Request> {
+        let adapter = AdapterRef { tenant: self.name().parse().expect("a name"), hash: self.hash() };
+        let delta = |dice: &mut Self| JournalDelta {
+            id: dice.id(),
+            attempt: dice.word(),
+            choice: dice.word(),
+            from: dice.word(),
+            tokens: dice.words(9),
+            finished: dice.coin(),
+        };
+        vec![
+            Request::Raft { group: self.word(), bytes: self.bytes(300) },
+            Request::Admin { bytes: self.bytes(300) },
+            Request::Warm { epoch: self.roll(), base: self.name().parse().expect("a name"), adapter },
+            Request::JournalOpen(self.record(now)),
+            Request::JournalPut(self.some(5, delta)),
+            Request::JournalTake { id: self.id() },
+            Request::DrainNotice { epoch: self.roll() },
+            Request::Probe { id: self.id(), attempt: self.word() },
+        ]
+    }
+
+    fn responses(&mut self, now: Instant) -> Vec<Response> {
+        vec![
+            Response::Raft { bytes: self.bytes(300) },
+            Response::Admin { bytes: self.bytes(300) },
+            Response::Done,
+            Response::Journal(None),
+            Response::Journal(Some(self.record(now))),
+            Response::Probe(Progress { known: self.coin(), running: self.coin(), n_tokens: self.roll() }),
+            Response::Refused(self.error()),
+        ]
+    }
+}
+
+fn encoded(message: &impl Message, now: Instant) -> Vec<u8> {
+    let mut out = Vec::new();
+    message.encode(now, &mut out).expect("within the limit");
+    out
+}
+
+/// Reads a frame as the message it should be and writes it again.
+type Again = fn(&[u8], Instant) -> Result<Vec<u8>, FrameError>;
+
+fn again<M: Message>(bytes: &[u8], now: Instant) -> Result<Vec<u8>, FrameError> {
+    let frame = Decoder::only(M::KINDS, bytes)?;
+    Ok(encoded(&M::decode(&frame, now)?, now))
+}
+
+/// A frame of every type and of every variant, drawn by `dice`.
+fn frames(dice: &mut Dice, now: Instant) -> Vec<(Vec<u8>, Again)> {
+    fn of<M: Message>(message: &M, now: Instant) -> (Vec<u8>, Again) {
+        (encoded(message, now), again::<M>)
+    }
+    let mut all = vec![of(&dice.hello(), now), of(&dice.heartbeat(), now), of(&dice.start(now), now)];
+    all.extend(dice.answers().iter().map(|answer| of(answer, now)));
+    all.extend(dice.requests(now).iter().map(|request| of(request, now)));
+    all.extend(dice.responses(now).iter().map(|response| of(response, now)));
+    all
+}
+
+fn same<M: Message + Debug>(message: &M, now: Instant) {
+    let bytes = encoded(message, now);
+    let frame = Decoder::only(M::KINDS, &bytes).expect("our own frame");
+    let heard = M::decode(&frame, now).expect("our own message");
+    assert_eq!(format!("{message:?}"), format!("{heard:?}"));
+    assert_eq!(encoded(&heard, now), bytes);
+}
+
+proptest! {
+    #[test]
+    fn what_is_said_is_what_is_heard(seed: u64) {
+        let (dice, now) = (&mut Dice(seed), SystemClock.now());
+        same(&dice.hello(), now);
+        same(&dice.heartbeat(), now);
+        same(&dice.start(now), now);
+        dice.answers().iter().for_each(|answer| same(answer, now));
+        dice.requests(now).iter().for_each(|request| same(request, now));
+        dice.responses(now).iter().for_each(|response| same(response, now));
+    }
+
+    #[test]
+    fn frames_are_cut_out_of_a_stream_in_pieces_of_any_size(seed: u64, piece in 1_usize..400) {
+        const STREAM: &[Kind] = KINDS;
+        let (dice, now) = (&mut Dice(seed), SystemClock.now());
+        let frames = frames(dice, now);
+        let stream: Vec<u8> = frames.iter().flat_map(|(bytes, _)| bytes.iter().copied()).collect();
+        let mut decoder = Decoder::new(STREAM);
+        let mut bodies = Vec::new();
+        for mut piece in stream.chunks(piece) {
+            while !piece.is_empty() {
+                if let Some(frame) = decoder.feed(&mut piece).expect("our own frames") {
+                    bodies.push(frame.body.to_vec());
+                }
+            }
+        }
+        decoder.finish().expect("the stream ends behind a frame");
+        let expected: Vec<Vec<u8>> = frames.iter().map(|(bytes, _)| bytes[HEADER_BYTES..].to_vec()).collect();
+        prop_assert_eq!(bodies, expected);
+    }
+}
+
+/// The bytes of wire version 1. A change here is a new wire version, unless the type is new.
+#[test]
+fn the_bytes_of_version_1_stay_what_they_are() {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("testdata/v1");
+    let now = SystemClock.now();
+    let mut covered = BTreeSet::new();
+    for (number, (bytes, again)) in frames(&mut Dice(1), now).into_iter().enumerate() {
+        let kind = Decoder::only(KINDS, &bytes).expect("our own frame").kind;
+        covered.insert(kind.id);
+        let path = folder.join(format!("{number:02}-{}.hex", kind.name));
+        let shown: String = bytes
+            .chunks(32)
+            .map(|line| line.iter().map(|byte| format!("{byte:02x}")).collect::<String>() + "\n")
+            .collect();
+        if std::env::var_os("UPDATE").is_some() && !path.exists() {
+            std::fs::write(&path, &shown).expect("testdata can be written");
+        }
+        let kept = std::fs::read_to_string(&path)
+            .unwrap_or_else(|error| panic!("{}: {error}; for a new type run with UPDATE=1", path.display()));
+        assert_eq!(kept, shown, "{} changed: that needs a new wire version", path.display());
+        let digits: Vec<u8> = kept.bytes().filter(u8::is_ascii_hexdigit).collect();
+        let stored: Vec<u8> = digits
+            .chunks(2)
+            .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).expect("ASCII"), 16).expect("two digits"))
+            .collect();
+        assert_eq!(again(&stored, now).expect("version 1 is read"), stored);
+    }
+    assert_eq!(covered, KINDS.iter().map(|kind| kind.id).collect(), "every type has its bytes here");
+}
+
+#[test]
+fn another_header_is_refused_before_its_body_is_looked_at() {
+    let now = SystemClock.now();
+    let (mut refused, mut tried) = (0, 0);
+    for (bytes, again) in frames(&mut Dice(2), now) {
+        for bit in 0..16 * 8 {
+            let mut changed = bytes.clone();
+            changed[bit / 8] ^= 1 << (bit % 8);
+            tried += 1;
+            // One bit of a type can name another type of the same message; then its schema is another.
+            refused += usize::from(again(&changed, now).is_err_and(|error| !matches!(error, FrameError::Body { .. })));
+        }
+    }
+    assert_eq!(refused, tried);
+}
+
+#[test]
+fn lengths_are_refused_before_anything_is_reserved() {
+    let now = SystemClock.now();
+    for (bytes, _) in frames(&mut Dice(3), now) {
+        let kind = Decoder::only(KINDS, &bytes).expect("our own frame").kind;
+        for length in [kind.bytes_max + 1, u32::MAX] {
+            let mut changed = bytes.clone();
+            changed[16..20].copy_from_slice(&length.to_le_bytes());
+            let refused = Decoder::new(KINDS).feed(&mut changed.as_slice()).expect_err("too long");
+            assert_eq!(refused, FrameError::Length { name: kind.name, found: length, max: kind.bytes_max });
+        }
+        let mut short = bytes.clone();
+        short.pop();
+        assert_eq!(Decoder::only(KINDS, &short).expect_err("short"), FrameError::Truncated { missing: 1 });
+        let mut long = bytes;
+        long.push(0);
+        assert_eq!(Decoder::only(KINDS, &long).expect_err("long"), FrameError::Trailing { n_bytes: 1 });
+    }
+    let nothing = Decoder::only(KINDS, &[]).expect_err("empty");
+    assert_eq!(nothing, FrameError::Truncated { missing: HEADER_BYTES });
+}
+
+#[test]
+fn a_hundred_thousand_mutants_do_no_harm() {
+    let (dice, now) = (&mut Dice(4), SystemClock.now());
+    let frames = frames(dice, now);
+    let (mut refused, mut read) = (0_u32, 0_u32);
+    for _ in 0..100_000 {
+        let (bytes, again) = &frames[dice.below(frames.len())];
+        let mut mutant = bytes.clone();
+        let body = HEADER_BYTES..mutant.len();
+        for _ in 0..1 + dice.below(4) {
+            let at = body.start + dice.below(body.len());
+            match dice.below(5) {
+                0 => mutant[at] ^= 1 << dice.below(8),
+                1 => mutant[at] = [0, 1, 0x7f, 0x80, 0xff][dice.below(5)],
+                2 => {
+                    let from = body.start + dice.below(body.len());
+                    let n_bytes = (1 + dice.below(16)).min(mutant.len() - at.max(from));
+                    mutant.copy_within(from..from + n_bytes, at);
+                }
+                3 => {
+                    let other = &frames[dice.below(frames.len())].0[HEADER_BYTES..];
+                    let n_bytes = other.len().min(mutant.len() - at);
+                    mutant[at..at + n_bytes].copy_from_slice(&other[..n_bytes]);
+                }
+                _ => {
+                    let number = dice.word().to_le_bytes();
+                    let n_bytes = number.len().min(mutant.len() - at);
+                    mutant[at..at + n_bytes].copy_from_slice(&number[..n_bytes]);
+                }
+            }
+        }
+        if dice.below(8) == 0 {
+            mutant.truncate(body.start + dice.below(body.len()));
+            let length = u32::try_from(mutant.len() - HEADER_BYTES).expect("short");
+            mutant[16..20].copy_from_slice(&length.to_le_bytes());
+        }
+        match again(&mutant, now) {
+            Ok(_) => read += 1,
+            Err(_) => refused += 1,
+        }
+    }
+    assert!(refused > 10_000 && read > 10_000, "{refused} refused, {read} read: the mutants reach both");
+}
+
+#[test]
+fn requests_that_make_no_sense_are_refused() {
+    let now = SystemClock.now();
+    let good = Dice(5).start(now);
+    let refused = |what: &str, change: &dyn Fn(&mut Start, &mut Generation)| {
+        let mut start = good.clone();
+        let mut generation = (*start.envelope.generation).clone();
+        change(&mut start, &mut generation);
+        start.envelope.generation = Arc::new(generation);
+        let bytes = encoded(&start, now);
+        match again::<Start>(&bytes, now) {
+            Err(FrameError::Body { reason, .. }) => assert!(reason.contains(what), "{what}: {reason}"),
+            other => panic!("{what}: {other:?}"),
+        }
+    };
+    refused("prompt is empty", &|_, generation| generation.prompt = Arc::from([]));
+    refused("0 choices", &|_, generation| generation.n = 0);
+    refused("65 choices", &|_, generation| generation.n = 65);
+    refused("no tokens", &|_, generation| generation.max_tokens = 0);
+    refused("not finite", &|_, generation| generation.sampling.temperature = f32::NAN);
+    refused("not finite", &|_, generation| generation.sampling.logit_bias.push((1, f32::INFINITY)));
+    refused("ms left", &|start, _| start.envelope.deadline = now + Duration::from_secs(200_000));
+    refused("weight or concurrency", &|start, _| start.envelope.weight = 0);
+    refused("delivered of at most", &|start, generation| {
+        generation.max_tokens = 2;
+        start.emitted = Emitted(vec![EmittedChoice { tokens: vec![1, 2, 3], finished: false }]);
+    });
+    refused("choices were delivered", &|start, generation| {
+        generation.n = 1;
+        start.emitted = Emitted(vec![EmittedChoice::default(), EmittedChoice::default()]);
+    });
+    refused("with an adapter of other", &|start, _| {
+        let name = "other-support-base-v1.0.0".parse().expect("a name");
+        start.envelope.adapter = Some(AdapterPin { name, hash: ContentHash::of(b"weights") });
+    });
+}
+
+#[test]
+fn an_error_with_a_long_text_is_told_shortened() {
+    let now = SystemClock.now();
+    let error = RequestError::new(ErrorKind::Invalid, "invalid_value", "ß".repeat(100_000));
+    let bytes = encoded(&Answer::Refused(error), now);
+    let frame = Decoder::only(Answer::KINDS, &bytes).expect("our own frame");
+    let Ok(Answer::Refused(heard)) = Answer::decode(&frame, now) else { panic!("a refusal") };
+    assert_eq!((heard.code, heard.message.len()), ("invalid_value", 4096));
+}
+
+#[test]
+fn a_heartbeat_is_one_datagram() {
+    let now = SystemClock.now();
+    let beat = Dice(6).heartbeat();
+    let bytes = crate::node::encode_datagram(&beat, now);
+    assert!(bytes.len() <= 128, "{} bytes", bytes.len());
+    assert_eq!(crate::node::decode_datagram(&bytes, now).expect("our own"), beat);
+    assert!(crate::node::decode_datagram(&bytes[..40], now).is_err());
+}
