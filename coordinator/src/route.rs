@@ -1,0 +1,263 @@
+//! Where a request goes (core): the published [`RoutingTable`] and the questions it answers.
+//!
+//! [`Routes`] makes a table from every new [`ClusterView`] and keeps the rings between views; the coordinator's actor
+//! publishes it by `watch`, so that routing is a look-up in a value and never a message. A tenant has two candidates,
+//! home and successor, whatever happens: a request that kills nodes can reach no third one.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use shared::cluster::{NodeLoad, NodePhase};
+use shared::error::{ErrorKind, RequestError};
+use shared::id::{BaseName, NodeId, TenantId};
+
+use crate::membership::detector::Health;
+use crate::membership::{ClusterView, Member};
+use crate::ring::{Owners, POINTS_PER_PART, Ring, RingKey};
+
+/// The pool of nodes and tenants of which nothing else is said.
+pub const DEFAULT_POOL: &str = "default";
+
+/// Epoch of a request that was redirected once: whoever gets it serves it.
+pub const SERVE_HERE: u64 = u64::MAX;
+
+/// A home this busy (requests per place) hands new requests to its successor if that is half as busy: one batch runs
+/// and another waits.
+const SPILL_BUSY: f64 = 2.0;
+
+/// Clients without a node to go to may come back after this: longer than a restart is noticed.
+const RETRY_AFTER: Duration = Duration::from_secs(2);
+
+/// What decides where a request may run.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    /// Base model.
+    pub base: BaseName,
+    /// Nodes of one kind.
+    pub pool: String,
+    /// Data boundary; `None` is anywhere.
+    pub region: Option<String>,
+}
+
+impl Place {
+    /// Anywhere in the default pool.
+    pub fn anywhere(base: BaseName) -> Self {
+        Self { base, pool: DEFAULT_POOL.to_owned(), region: None }
+    }
+
+    fn admits(&self, member: &Member) -> bool {
+        let spec = &member.spec;
+        let region = self.region.is_none() || self.region == spec.region;
+        region && spec.pool == self.pool && spec.bases.contains(&self.base)
+    }
+}
+
+/// A tenant and what to expect of it, for bounding loads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlacedTenant {
+    /// Who.
+    pub tenant: TenantId,
+    /// Where it may run.
+    pub place: Place,
+    /// Expected load in any unit.
+    pub load: u64,
+}
+
+/// A node that may serve a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Candidate {
+    /// Which.
+    pub node: NodeId,
+    /// Which life of it.
+    pub incarnation: u64,
+    /// How busy it says it is.
+    pub load: NodeLoad,
+    /// Healthy and open for requests; others are for when there is nothing better.
+    pub good: bool,
+}
+
+/// What an owner does with a request that another node sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Arrival {
+    /// Serve it.
+    Serve,
+    /// The sender's table is older and its tenant lives elsewhere.
+    Moved {
+        /// Epoch of the table that says so.
+        epoch: u64,
+        /// Where to.
+        to: NodeId,
+    },
+    /// This node takes nothing new.
+    Refuse,
+}
+
+/// One node's view of who serves whom.
+#[derive(Debug, Clone)]
+pub struct RoutingTable {
+    view: Arc<ClusterView>,
+    rings: Arc<BTreeMap<Place, Ring>>,
+}
+
+impl RoutingTable {
+    /// Rises with every change of who serves; never falls.
+    pub fn epoch(&self) -> u64 {
+        self.view.epoch
+    }
+
+    /// The node whose table it is.
+    pub fn me(&self) -> &NodeId {
+        &self.view.me
+    }
+
+    /// Every node of the configuration.
+    pub fn members(&self) -> &BTreeMap<NodeId, Member> {
+        &self.view.members
+    }
+
+    /// Home and successor of a tenant, alive or not: where its adapters should be warm.
+    pub fn owners(&self, place: &Place, tenant: &TenantId) -> Option<Owners<'_>> {
+        self.rings.get(place)?.owners(tenant)
+    }
+
+    /// The rings.
+    pub fn rings(&self) -> &BTreeMap<Place, Ring> {
+        &self.rings
+    }
+
+    /// At most two nodes to try in this order: those that take requests before those that are doubtful, home before
+    /// successor unless home is much busier. The dead, the draining and the absent are left out.
+    pub fn candidates(&self, place: &Place, tenant: &TenantId) -> Vec<Candidate> {
+        let Some(owners) = self.owners(place, tenant) else { return Vec::new() };
+        let members = [Some(owners.home), owners.successor];
+        let mut found: Vec<(u8, &Member)> = members
+            .into_iter()
+            .flatten()
+            .filter_map(|id| self.view.members.get(id))
+            .filter_map(|member| Some((doubt(member)?, member)))
+            .collect();
+        // Stable: home stays first among equals.
+        found.sort_by_key(|(doubt, _)| *doubt);
+        if let [(0, home), (0, successor)] = found[..]
+            && spills(home.load, successor.load)
+        {
+            found.swap(0, 1);
+        }
+        found.iter().map(|(doubt, member)| candidate(member, *doubt == 0)).collect()
+    }
+
+    /// What to do with a request that came from a node whose table had `epoch`.
+    pub fn on_arrival(&self, place: &Place, tenant: &TenantId, epoch: u64) -> Arrival {
+        let me = self.me();
+        if self.members().get(me).is_some_and(|member| member.phase != NodePhase::Serving) {
+            return Arrival::Refuse;
+        }
+        // An older table of ours proves nothing about a newer one of the sender.
+        if epoch >= self.epoch() {
+            return Arrival::Serve;
+        }
+        let candidates = self.candidates(place, tenant);
+        match candidates.first() {
+            Some(first) if candidates.iter().all(|candidate| candidate.node != *me) => {
+                Arrival::Moved { epoch: self.epoch(), to: first.node.clone() }
+            }
+            _ => Arrival::Serve,
+        }
+    }
+}
+
+/// Told to a client when no node can serve it.
+pub fn no_node() -> RequestError {
+    let message = "no node that may serve this tenant is alive at the moment; hint: retry shortly";
+    RequestError::new(ErrorKind::Unavailable, "no_node_alive", message).retry_after(RETRY_AFTER)
+}
+
+/// 0 takes requests; more is worse; `None` cannot be used.
+fn doubt(member: &Member) -> Option<u8> {
+    match (member.phase, member.health) {
+        (NodePhase::Serving, Health::Alive) => Some(0),
+        (NodePhase::Serving, Health::Suspect) => Some(1),
+        (NodePhase::Serving, Health::Returning) => Some(2),
+        _ => None,
+    }
+}
+
+fn candidate(member: &Member, good: bool) -> Candidate {
+    Candidate { node: member.spec.id.clone(), incarnation: member.incarnation, load: member.load, good }
+}
+
+fn spills(home: NodeLoad, successor: NodeLoad) -> bool {
+    home.waiting > 0 && busy(home) >= SPILL_BUSY && busy(successor) * 2.0 <= busy(home)
+}
+
+/// Requests per place.
+fn busy(load: NodeLoad) -> f64 {
+    f64::from(load.running + load.waiting) / f64::from(load.places.max(1))
+}
+
+/// Makes routing tables; keeps rings as long as their nodes and tenants stay.
+#[derive(Debug)]
+pub struct Routes {
+    key: RingKey,
+    tenants: Arc<[PlacedTenant]>,
+    /// Points by node, by place: what the rings were made of.
+    made_of: BTreeMap<Place, BTreeMap<NodeId, u32>>,
+    rings: Arc<BTreeMap<Place, Ring>>,
+    tenants_changed: bool,
+}
+
+// === impl Routes ===
+
+impl Routes {
+    /// No nodes, no tenants.
+    pub fn new(key: RingKey) -> Self {
+        let rings = Arc::default();
+        Self { key, tenants: Arc::new([]), made_of: BTreeMap::new(), rings, tenants_changed: false }
+    }
+
+    /// The tenants changed; takes effect with the next table. Tenants not listed are placed by the ring alone.
+    pub fn expect_tenants(&mut self, tenants: Arc<[PlacedTenant]>) {
+        self.tenants = tenants;
+        self.tenants_changed = true;
+    }
+
+    /// The table of a view.
+    pub fn table(&mut self, view: Arc<ClusterView>) -> RoutingTable {
+        let made_of = self.places(&view);
+        if made_of != self.made_of || std::mem::take(&mut self.tenants_changed) {
+            self.rings =
+                Arc::new(made_of.iter().map(|(place, nodes)| (place.clone(), self.ring(place, nodes))).collect());
+            self.made_of = made_of;
+        }
+        RoutingTable { view, rings: self.rings.clone() }
+    }
+
+    fn ring(&self, place: &Place, nodes: &BTreeMap<NodeId, u32>) -> Ring {
+        let mut ring = Ring::new(&self.key, nodes.clone());
+        let here = self.tenants.iter().filter(|tenant| tenant.place == *place);
+        ring.balance(here.map(|placed| (&placed.tenant, placed.load)));
+        ring
+    }
+
+    /// Every place there can be, with the nodes that serve it.
+    fn places(&self, view: &ClusterView) -> BTreeMap<Place, BTreeMap<NodeId, u32>> {
+        let mut places = BTreeMap::<Place, BTreeMap<NodeId, u32>>::new();
+        for member in view.members.values() {
+            let spec = &member.spec;
+            for (base, region) in spec.bases.iter().flat_map(|base| [(base, None), (base, spec.region.clone())]) {
+                places.entry(Place { base: base.clone(), pool: spec.pool.clone(), region }).or_default();
+            }
+        }
+        for (place, nodes) in &mut places {
+            let here = view.members.values().filter(|member| place.admits(member) && member.share > 0);
+            let points =
+                |member: &Member| POINTS_PER_PART.saturating_mul(member.share).saturating_mul(member.spec.capacity);
+            nodes.extend(here.map(|member| (member.spec.id.clone(), points(member))));
+        }
+        places
+    }
+}
+
+#[cfg(test)]
+mod tests;
