@@ -8,6 +8,7 @@
 //! | what a tenant has used of its rates | [`admission`] (core), held by the gateway behind one short lock | gateway |
 //! | who lives, and how much of the ring each node may have | [`membership`] (core) | the routes made from it |
 //! | which two nodes a tenant belongs to, and which is asked first | [`ring`], [`route`] (cores) | everyone, through [`route::RoutingTable`] |
+//! | what becomes of a request when its node dies, stalls or drains | [`failover`] (core), one per request | whoever carries it |
 //!
 //! The registry is a pure state changed only by commands. A command carries everything that is random or
 //! read from a clock, so that applying the same commands anywhere gives the same state: replication adds a
@@ -25,5 +26,6 @@ pub mod limits;
 pub mod membership;
 pub mod ring;
 pub mod route;
+pub mod failover;
 #[cfg(test)]
 mod testing;
