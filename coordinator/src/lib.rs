@@ -9,6 +9,7 @@
 //! | who lives, and how much of the ring each node may have | [`membership`] (core) | the routes made from it |
 //! | which two nodes a tenant belongs to, and which is asked first | [`ring`], [`route`] (cores) | everyone, through [`route::RoutingTable`] |
 //! | what becomes of a request when its node dies, stalls or drains | [`failover`] (core), one per request | whoever carries it |
+//! | which adapters should be warm before somebody asks | [`prewarm`] (core) | each node's adapter cache |
 //!
 //! The registry is a pure state changed only by commands. A command carries everything that is random or
 //! read from a clock, so that applying the same commands anywhere gives the same state: replication adds a
@@ -27,5 +28,6 @@ pub mod membership;
 pub mod ring;
 pub mod route;
 pub mod failover;
+pub mod prewarm;
 #[cfg(test)]
 mod testing;
