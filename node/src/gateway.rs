@@ -27,6 +27,7 @@ pub mod stream;
 pub mod wire;
 pub mod reply;
 pub mod openapi;
+pub mod leftover;
 pub mod listen;
 #[cfg(test)]
 mod tests;

@@ -23,7 +23,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Sleep, sleep};
 
 use super::limits::STALL_MAX;
-use super::reply;
+use super::{leftover, reply};
 
 /// Bounds of a listener.
 #[derive(Debug, Clone, Copy)]
@@ -71,6 +71,7 @@ pub async fn serve(
     router: Router,
 ) -> io::Result<()> {
     listener.set_nonblocking(true)?;
+    let router = leftover::layered(router);
     let guard = Guard { open: Arc::default(), bounds, tls: tls.is_some() };
     let mut server = axum_server::from_tcp(listener)?.handle(handle);
     let http = server.http_builder();
