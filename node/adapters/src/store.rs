@@ -3,7 +3,7 @@
 //! ```text
 //! <dir>/objects/ab/<adapter id>   sealed bundle
 //! <dir>/tmp/                      being written; emptied at open
-//! <dir>/quarantine/<adapter id>   damaged, kept for a human
+//! <dir>/quarantine/<adapter id>   damaged, kept for a human: the latest few
 //! ```
 //! The adapter id is a hash over (tenant, content hash): no path ever contains text that a tenant chose, and
 //! two tenants that upload the same bytes hold two objects under two keys, so that erasing one leaves the
@@ -37,6 +37,9 @@ pub mod incoming;
 pub(crate) mod nofollow;
 #[cfg(test)]
 mod tests;
+
+/// Damaged files kept: enough to study a failing disk, and a bound on what it can fill.
+const QUARANTINE_FILES_MAX: usize = 16;
 
 /// Why the store could not do it.
 #[derive(Debug, thiserror::Error)]
@@ -260,6 +263,9 @@ impl Store {
             Ok(()) => {
                 self.forget(n_bytes);
                 tracing::error!(object = %id, "stored adapter is damaged and was moved to quarantine");
+                if let Err(error) = keep_latest(&self.0.dir.join("quarantine"), QUARANTINE_FILES_MAX) {
+                    tracing::warn!(%error, "the quarantine could not be cleared of old files");
+                }
             }
             // The error that the reader gets says the rest.
             Err(error) => tracing::warn!(object = %id, %error, "damaged adapter could not be moved to quarantine"),
@@ -330,6 +336,18 @@ fn for_each_object(
         }
     }
     Ok(())
+}
+
+/// Removes the files of a folder that were written longest ago, until `n_max` are left.
+fn keep_latest(dir: &Path, n_max: usize) -> io::Result<()> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        files.push((entry.metadata()?.modified()?, entry.path()));
+    }
+    files.sort();
+    let n_over = files.len().saturating_sub(n_max);
+    files[..n_over].iter().try_for_each(|(_, path)| fs::remove_file(path))
 }
 
 fn create_private(dir: &Path) -> Result<(), StoreError> {

@@ -127,6 +127,20 @@ fn a_wrong_key_is_told_from_damage_and_sets_nothing_aside() {
 }
 
 #[test]
+fn only_the_latest_damaged_files_are_kept() {
+    let b = Bench::new("quarantine");
+    let damaged = |fill: u8| {
+        let adapter = b.put(&peft(fill));
+        fs::write(b.path(&adapter), b"nothing sealed").expect("written");
+        assert!(matches!(b.read(&adapter), Err(StoreError::Damaged { .. })));
+        b.dir.0.join("quarantine").join(adapter.id().to_string())
+    };
+    let files: Vec<PathBuf> = (0..QUARANTINE_FILES_MAX as u8 + 4).map(damaged).collect();
+    let (old, kept) = files.split_at(4);
+    assert!(old.iter().all(|path| !path.exists()) && kept.iter().all(|path| path.exists()));
+}
+
+#[test]
 fn one_bit_flipped_at_a_thousand_places_is_found_a_thousand_times() {
     let b = Bench::new("bitflip");
     let hash = b.put(&peft(1));
