@@ -1,6 +1,7 @@
 //! `tenantry ctl`: every admin call as a command. Finds the node's admin port and key through `cluster.toml`,
 //! prints JSON or a short line, and decides nothing itself.
 
+mod import;
 mod upload;
 
 use std::net::IpAddr;
@@ -202,6 +203,8 @@ enum AdapterCommand {
         #[arg(long)]
         point: bool,
     },
+    /// Upload a whole tree `<root>/<tenant>/adapter.gguf` (or PEFT files) and point each tenant's task at it.
+    Import(import::ImportArgs),
     /// List a tenant's versions.
     List {
         /// Tenant id.
@@ -330,15 +333,13 @@ fn key(client: &Client, command: &KeyCommand) -> anyhow::Result<()> {
 fn adapter(client: &Client, command: &AdapterCommand) -> anyhow::Result<()> {
     match command {
         AdapterCommand::Upload { name, path, point } => {
-            let form = upload::Form::from_path(path)?;
-            let target = format!("/admin/v1/tenants/{}/adapters/{name}", name.client);
-            let stored: Value = client.send_bytes("PUT", &target, &form.content_type(), &form.body())?;
-            print(&stored)?;
+            print(&upload::Form::from_path(path)?.send(client, name)?)?;
             if *point {
                 point_task(client, name, &name.task)?;
             }
             Ok(())
         }
+        AdapterCommand::Import(args) => import::run(client, args),
         AdapterCommand::List { tenant } => {
             print(&client.get::<TenantView>(&format!("/admin/v1/tenants/{tenant}"))?.adapters)
         }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use model::adapter::AdapterFiles;
 use model::info::Linear;
 use serde_json::json;
 use tests::operator::{install, tenant, upload};
@@ -112,4 +113,38 @@ fn a_version_never_changes_its_content() {
     // Gone is gone: the name stays spent.
     let reused = upload(&node, name, &tiny::adapter(2, 4, &Linear::ALL));
     assert_eq!(reused.status, 409, "{}", reused.text);
+}
+
+#[test]
+fn a_tree_of_adapters_is_imported_with_its_tenants() {
+    let folder = scratch("import");
+    let node = NodeProcess::start(&folder, &NodeSpec::tiny(&folder.join("model")));
+    let tree = folder.join("adapters");
+    let put = |tenant: &str, seed: u64| {
+        let AdapterFiles::Peft { config, weights } = tiny::adapter(seed, 4, &Linear::ALL) else {
+            panic!("generated adapters are PEFT files")
+        };
+        let dir = tree.join(tenant);
+        std::fs::create_dir_all(&dir).expect("made");
+        std::fs::write(dir.join("adapter_config.json"), config).expect("written");
+        std::fs::write(dir.join("adapter_model.safetensors"), weights).expect("written");
+    };
+    put("acme", 1);
+    put("baker", 2);
+    let (tree, keys) = (tree.display().to_string(), folder.join("keys"));
+    let acme = node.tenant("acme", &[]);
+    let words = ["adapter", "import", &tree, "--task", "support", "--base", "tiny"];
+    let output = node.ctl_output(&words);
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(!output.status.success() && said.contains("imported: acme-support-tiny-v1.0.0"), "{said}");
+    assert!(said.contains("failed: baker") && said.contains("--create-with-keys-in"), "{said}");
+
+    std::fs::write(folder.join("adapters/README"), "not a tenant").expect("written");
+    let in_keys = keys.display().to_string();
+    let output = node.ctl_output(&[&words[..], &["--create-with-keys-in", &in_keys]].concat());
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(said.contains("imported: acme-support-tiny-v1.0.0"), "the same content again is no change: {said}");
+    assert!(said.contains("imported: baker-support-tiny-v1.0.0") && said.contains("skipped: "), "{said}");
+    let baker = std::fs::read_to_string(keys.join("baker.key")).expect("a key file");
+    assert_ne!(node.complete(&acme, "support", "hello", 8), node.complete(baker.trim(), "support", "hello", 8));
 }
