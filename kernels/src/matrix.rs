@@ -256,7 +256,7 @@ impl Coded {
     }
 
     /// The buffers, in the order of [`Coded::sizes`].
-    fn buffers(&self) -> [&Aligned; 6] {
+    pub(crate) fn buffers(&self) -> [&Aligned; 6] {
         let Self { form: _, codes, high, scales, mins, sub_scales, sub_mins } = self;
         [codes, high, scales, mins, sub_scales, sub_mins]
     }

@@ -18,6 +18,21 @@ pub(crate) const F16: u8 = 1;
 /// bfloat16.
 pub(crate) const BF16: u8 = 2;
 
+/// Bytes of a cache line.
+pub(crate) const LINE: usize = 64;
+
+/// Brings the cache line of an address, which need not exist, as near as the second cache.
+#[inline(always)]
+pub(crate) fn prefetch(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 has the instruction, and it ignores addresses that cannot be read.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// What a kernel does once the instruction set is known.
 pub(crate) trait Kernel {
     /// What it returns.
@@ -108,6 +123,10 @@ pub(crate) trait Simd: Copy {
     unsafe fn isub(a: Self::I, b: Self::I) -> Self::I;
     /// The larger, as unsigned numbers.
     unsafe fn umax(a: Self::I, b: Self::I) -> Self::I;
+    /// The largest lane, as unsigned numbers.
+    unsafe fn largest(a: Self::I) -> u32;
+    /// The sum of all lanes, which fits.
+    unsafe fn total(a: Self::I) -> i32;
     /// `a >> 1`, towards negative infinity.
     unsafe fn half(a: Self::I) -> Self::I;
     /// Bit by bit.

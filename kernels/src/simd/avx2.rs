@@ -210,6 +210,20 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         fn iadd(a: IntPair, b: IntPair) -> IntPair { [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])] }
         fn isub(a: IntPair, b: IntPair) -> IntPair { [_mm256_sub_epi32(a[0], b[0]), _mm256_sub_epi32(a[1], b[1])] }
         fn umax(a: IntPair, b: IntPair) -> IntPair { [_mm256_max_epu32(a[0], b[0]), _mm256_max_epu32(a[1], b[1])] }
+        fn largest(a: IntPair) -> u32 {
+            let a = _mm256_max_epu32(a[0], a[1]);
+            let a = _mm_max_epu32(_mm256_castsi256_si128(a), _mm256_extracti128_si256::<1>(a));
+            let a = _mm_max_epu32(a, _mm_shuffle_epi32::<0b01_00_11_10>(a));
+            let a = _mm_max_epu32(a, _mm_shuffle_epi32::<0b10_11_00_01>(a));
+            _mm_cvtsi128_si32(a) as u32
+        }
+        fn total(a: IntPair) -> i32 {
+            let a = _mm256_add_epi32(a[0], a[1]);
+            let a = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256::<1>(a));
+            let a = _mm_add_epi32(a, _mm_shuffle_epi32::<0b01_00_11_10>(a));
+            let a = _mm_add_epi32(a, _mm_shuffle_epi32::<0b10_11_00_01>(a));
+            _mm_cvtsi128_si32(a)
+        }
         fn half(a: IntPair) -> IntPair { [_mm256_srai_epi32::<1>(a[0]), _mm256_srai_epi32::<1>(a[1])] }
         fn and(a: IntPair, b: IntPair) -> IntPair { [_mm256_and_si256(a[0], b[0]), _mm256_and_si256(a[1], b[1])] }
         fn or(a: IntPair, b: IntPair) -> IntPair { [_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])] }

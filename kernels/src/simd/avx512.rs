@@ -91,6 +91,8 @@ impl Simd for Avx512 {
         fn iadd(a: __m512i, b: __m512i) -> __m512i { _mm512_add_epi32(a, b) }
         fn isub(a: __m512i, b: __m512i) -> __m512i { _mm512_sub_epi32(a, b) }
         fn umax(a: __m512i, b: __m512i) -> __m512i { _mm512_max_epu32(a, b) }
+        fn largest(a: __m512i) -> u32 { _mm512_reduce_max_epu32(a) }
+        fn total(a: __m512i) -> i32 { _mm512_reduce_add_epi32(a) }
         fn half(a: __m512i) -> __m512i { _mm512_srai_epi32::<1>(a) }
         fn and(a: __m512i, b: __m512i) -> __m512i { _mm512_and_si512(a, b) }
         fn or(a: __m512i, b: __m512i) -> __m512i { _mm512_or_si512(a, b) }

@@ -11,7 +11,7 @@ use std::ops::Range;
 use super::super::Int8Unit;
 use super::super::quantise::{BLOCK, ROWS, Rounded, block_scale};
 use crate::matrix::{CodeForm, NEST, PANEL};
-use crate::simd::{F16, F32, Kernel, Simd, int_lanes};
+use crate::simd::{F16, F32, Kernel, LINE, Simd, prefetch};
 
 /// Codes of panels that go through all rows of a unit together: half of an L1 cache.
 const L1_BYTES: usize = 24 << 10;
@@ -81,20 +81,23 @@ impl<F: Form> Kernel for Panels<'_, '_, F> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let unit = self.unit;
+        let weights = Weights::of(unit);
         let panel_bytes = unit.n_in * PANEL * F::BITS as usize / 8;
         let panels_at_once = (L1_BYTES / panel_bytes).max(1);
         for first in unit.panels.clone().step_by(panels_at_once) {
             let panels = first..(first + panels_at_once).min(unit.panels.end);
             let mut row = unit.rows.start;
             while row < unit.rows.end {
+                // The first rows fetch the panels that come after these; the hardware would stop at every page.
+                let ahead = if row == unit.rows.start { panels_at_once } else { 0 };
                 // SAFETY: the rows of each tile lie inside the unit, and a tile's rows in one group of eight, because
                 // units begin at such a group; the rest is the contract of this function.
                 row += unsafe {
                     match unit.rows.end - row {
-                        1 => tiles::<S, F, 1>(unit, panels.clone(), row),
-                        2 | 3 => tiles::<S, F, 2>(unit, panels.clone(), row),
-                        8.. if S::VECTORS > 16 => tiles::<S, F, 8>(unit, panels.clone(), row),
-                        _ => tiles::<S, F, 4>(unit, panels.clone(), row),
+                        1 => tiles::<S, F, 1>(unit, &weights, panels.clone(), row, ahead),
+                        2 | 3 => tiles::<S, F, 2>(unit, &weights, panels.clone(), row, ahead),
+                        8.. if S::VECTORS > 16 => tiles::<S, F, 8>(unit, &weights, panels.clone(), row, ahead),
+                        _ => tiles::<S, F, 4>(unit, &weights, panels.clone(), row, ahead),
                     }
                 };
             }
@@ -102,17 +105,66 @@ impl<F: Form> Kernel for Panels<'_, '_, F> {
     }
 }
 
-/// `R` rows by some panels; returns `R`.
+/// `R` rows by some panels, fetching those `ahead` panels later; returns `R`.
 ///
 /// # Safety
 /// As `tile`, for all of the panels.
 #[inline(always)]
-unsafe fn tiles<S: Simd, F: Form, const R: usize>(unit: &Int8Unit<'_>, panels: Range<usize>, row: usize) -> usize {
+unsafe fn tiles<S: Simd, F: Form, const R: usize>(
+    unit: &Int8Unit<'_>,
+    weights: &Weights,
+    panels: Range<usize>,
+    row: usize,
+    ahead: usize,
+) -> usize {
     for panel in panels {
         // SAFETY: the contract of this function.
-        unsafe { tile::<S, F, R>(unit, panel, row) };
+        unsafe { tile::<S, F, R>(unit, weights, panel, row, ahead) };
     }
     R
+}
+
+/// Where the buffers of a matrix begin.
+struct Weights {
+    codes: *const u8,
+    high: *const u8,
+    scales: *const u8,
+    mins: *const u8,
+    sub_scales: *const u8,
+    sub_mins: *const u8,
+}
+
+// === impl Weights ===
+
+impl Weights {
+    fn of(unit: &Int8Unit<'_>) -> Self {
+        let [codes, high, scales, mins, sub_scales, sub_mins] =
+            unit.coded.buffers().map(|buffer| buffer.view::<u8>().as_ptr());
+        Self { codes, high, scales, mins, sub_scales, sub_mins }
+    }
+
+    /// Brings what belongs to block `block` nearer. It need not exist.
+    #[inline(always)]
+    fn fetch<F: Form>(&self, block: usize) {
+        let code_lines = if F::BITS == 8 { 8 } else { 4 };
+        for line in 0..code_lines {
+            prefetch(self.codes.wrapping_add((block * code_lines + line) * LINE));
+        }
+        let high_lines = if F::BITS == 8 { 0 } else { F::BITS as usize - 4 };
+        for line in 0..high_lines {
+            prefetch(self.high.wrapping_add((block * high_lines + line) * LINE));
+        }
+        // f16 or i8 for each column of a group; scales of nested forms are few and stay.
+        let group = block * BLOCK / F::GROUP * PANEL;
+        if F::NESTED {
+            prefetch(self.sub_scales.wrapping_add(group));
+        } else {
+            prefetch(self.scales.wrapping_add(2 * group));
+        }
+        if F::HAS_MIN {
+            prefetch(if F::NESTED { self.sub_mins.wrapping_add(group) } else { self.mins.wrapping_add(2 * group) });
+        }
+    }
 }
 
 /// Codes of 32 inputs by 16 columns, a byte each: the quads of inputs in order, in two halves.
@@ -120,14 +172,13 @@ unsafe fn tiles<S: Simd, F: Form, const R: usize>(unit: &Int8Unit<'_>, panels: R
 /// # Safety
 /// The CPU has the instructions of `S`; block `block` of 32 inputs by a panel exists.
 #[inline(always)]
-unsafe fn codes<S: Simd, F: Form>(unit: &Int8Unit<'_>, block: usize) -> [[S::I; 4]; 2] {
+unsafe fn codes<S: Simd, F: Form>(weights: &Weights, block: usize) -> [[S::I; 4]; 2] {
     // SAFETY: the contract of this function.
     let none = unsafe { S::isplat(0) };
     let mut out = [[none; 4]; 2];
     // SAFETY: the contract of this function: all lines of the block are inside their buffers.
     unsafe {
-        let low = unit.coded.codes.view::<u8>().as_ptr();
-        let high = unit.coded.high.view::<u8>().as_ptr();
+        let (low, high) = (weights.codes, weights.high);
         if F::BITS == 8 {
             for quad in 0..8 {
                 out[quad / 4][quad % 4] = S::iload(low.add((block * 8 + quad) * 64));
@@ -185,7 +236,7 @@ unsafe fn quads<S: Simd>(codes: *const i8) -> [S::I; 4] {
 unsafe fn zero<S: Simd, F: Form>(neg_sum: i32) -> S::I {
     let folded = F::HAS_MIN || (F::BITS == 8 && S::CENTRES_8_BIT);
     // SAFETY: the contract of this function.
-    unsafe { S::isplat(if folded { 0 } else { neg_sum << F::ZERO_SHIFT }) }
+    unsafe { if folded { S::isplat(0) } else { S::shift_left(S::isplat(neg_sum), F::ZERO_SHIFT as usize) } }
 }
 
 /// Sixteen scales, or minima, of a group.
@@ -193,22 +244,16 @@ unsafe fn zero<S: Simd, F: Form>(neg_sum: i32) -> S::I {
 /// # Safety
 /// The CPU has the instructions of `S`; the group of the panel exists.
 #[inline(always)]
-unsafe fn factors<S: Simd, F: Form>(
-    of: &crate::aligned::Aligned,
-    subs: &crate::aligned::Aligned,
-    n_in: usize,
-    panel: usize,
-    group: usize,
-) -> S::F {
+unsafe fn factors<S: Simd, F: Form>(of: *const u8, subs: *const u8, n_in: usize, panel: usize, group: usize) -> S::F {
     // SAFETY: the contract of this function: sixteen factors of a group are inside their buffers.
     unsafe {
         let at = panel * (n_in / F::GROUP) + group;
         if !F::NESTED {
-            return S::load::<F16>(of.view::<u8>().as_ptr(), at * PANEL);
+            return S::load::<F16>(of, at * PANEL);
         }
         let nest = panel * (n_in / NEST) + group * F::GROUP / NEST;
-        let sub = S::float(S::widen_i8(subs.view::<u8>().as_ptr().add(at * PANEL)));
-        S::mul(S::load::<F16>(of.view::<u8>().as_ptr(), nest * PANEL), sub)
+        let sub = S::float(S::widen_i8(subs.add(at * PANEL)));
+        S::mul(S::load::<F16>(of, nest * PANEL), sub)
     }
 }
 
@@ -217,7 +262,13 @@ unsafe fn factors<S: Simd, F: Form>(
 /// # Safety
 /// The CPU has the instructions of `S`; `panel` and `row..row + R` lie inside the unit, the rows in one group of eight.
 #[inline(always)]
-unsafe fn tile<S: Simd, F: Form, const R: usize>(unit: &Int8Unit<'_>, panel: usize, row: usize) {
+unsafe fn tile<S: Simd, F: Form, const R: usize>(
+    unit: &Int8Unit<'_>,
+    weights: &Weights,
+    panel: usize,
+    row: usize,
+    ahead: usize,
+) {
     let n_in = unit.n_in;
     let place = row % ROWS;
     let x = unit.activations.rows(row - place, n_in);
@@ -226,7 +277,10 @@ unsafe fn tile<S: Simd, F: Form, const R: usize>(unit: &Int8Unit<'_>, panel: usi
     unsafe {
         let mut acc = [S::splat(0.0); R];
         for (block, x) in x.iter().enumerate() {
-            let [first, second] = codes::<S, F>(unit, panel * (n_in / BLOCK) + block);
+            if ahead > 0 {
+                weights.fetch::<F>((panel + ahead) * (n_in / BLOCK) + block);
+            }
+            let [first, second] = codes::<S, F>(weights, panel * (n_in / BLOCK) + block);
             // The rows of the tile begin at their first place in the eight.
             let row_codes = x.codes.as_ptr().add(place).cast::<i8>();
             let row_scales = x.scales.as_ptr().add(place);
@@ -246,7 +300,7 @@ unsafe fn tile<S: Simd, F: Form, const R: usize>(unit: &Int8Unit<'_>, panel: usi
                     );
                 }
                 let sums = x.sums.as_ptr().add(place);
-                add_group::<S, F, R>(unit, panel, block, row_scales, sums, &dots, &mut acc);
+                add_group::<S, F, R>(unit.n_in, weights, panel, block, row_scales, sums, &dots, &mut acc);
             } else {
                 for half in 0..2 {
                     let codes = if half == 0 { first } else { second };
@@ -257,7 +311,7 @@ unsafe fn tile<S: Simd, F: Form, const R: usize>(unit: &Int8Unit<'_>, panel: usi
                         dots[r] = S::dot(F::BITS, start, codes, quads::<S>(row_codes.add(r * BLOCK + half * 16)));
                     }
                     let sums = x.half_sums[half].as_ptr().add(place);
-                    add_group::<S, F, R>(unit, panel, group, row_scales, sums, &dots, &mut acc);
+                    add_group::<S, F, R>(unit.n_in, weights, panel, group, row_scales, sums, &dots, &mut acc);
                 }
             }
         }
@@ -275,7 +329,8 @@ unsafe fn tile<S: Simd, F: Form, const R: usize>(unit: &Int8Unit<'_>, panel: usi
 /// As `tile`; the group exists; `scales` and `sums` hold a value per row.
 #[inline(always)]
 unsafe fn add_group<S: Simd, F: Form, const R: usize>(
-    unit: &Int8Unit<'_>,
+    n_in: usize,
+    weights: &Weights,
     panel: usize,
     group: usize,
     scales: *const f32,
@@ -283,16 +338,15 @@ unsafe fn add_group<S: Simd, F: Form, const R: usize>(
     dots: &[S::I; R],
     acc: &mut [S::F; R],
 ) {
-    let coded = unit.coded;
     // SAFETY: the contract of this function.
     unsafe {
-        let scale = factors::<S, F>(&coded.scales, &coded.sub_scales, unit.n_in, panel, group);
+        let scale = factors::<S, F>(weights.scales, weights.sub_scales, n_in, panel, group);
         for r in 0..R {
             let of_row = S::splat(*scales.add(r));
             acc[r] = S::mul_add(S::float(dots[r]), S::mul(scale, of_row), acc[r]);
         }
         if F::HAS_MIN {
-            let min = factors::<S, F>(&coded.mins, &coded.sub_mins, unit.n_in, panel, group);
+            let min = factors::<S, F>(weights.mins, weights.sub_mins, n_in, panel, group);
             for r in 0..R {
                 acc[r] = S::mul_add(min, S::splat(*sums.add(r)), acc[r]);
             }
@@ -319,7 +373,7 @@ impl Kernel for QuantiseRow<'_> {
                 let magnitude = S::isplat(i32::MAX);
                 let (a, b) = (S::load::<F32>(x.as_ptr().cast(), 0), S::load::<F32>(x.as_ptr().cast(), 16));
                 let largest = S::umax(S::and(S::bits(a), magnitude), S::and(S::bits(b), magnitude));
-                let max_bits = int_lanes::<S>(largest).into_iter().fold(0, |max, bits| max.max(bits as u32));
+                let max_bits = S::largest(largest);
                 let (scale, inverse) = block_scale(max_bits);
                 // A block without a finite maximum has code 0 and scale NaN.
                 let keep = S::isplat(if scale.is_nan() { 0 } else { -1 });
@@ -329,8 +383,7 @@ impl Kernel for QuantiseRow<'_> {
                 let codes = block.codes[row].as_mut_ptr();
                 S::narrow_i8(codes, a);
                 S::narrow_i8(codes.add(16), b);
-                let (a, b) = (int_lanes::<S>(a), int_lanes::<S>(b));
-                block.put(row, scale, [a.into_iter().sum(), b.into_iter().sum()]);
+                block.put(row, scale, [S::total(a), S::total(b)]);
             }
         }
     }
