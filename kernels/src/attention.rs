@@ -13,7 +13,7 @@ use std::ops::Range;
 
 use crate::aligned::{Aligned, OutMat};
 use crate::backend;
-use crate::kv::{KvPool, PAGE_TOKENS};
+use crate::kv::{HeadBlocks, KvPool, PAGE_TOKENS};
 use crate::pool::Pool;
 
 /// Query vectors of one unit, at most (one row's group of heads may be larger): they share loads of keys and values,
@@ -77,30 +77,34 @@ pub fn attention(
     let target = OutMat::new(out, n_rows, width);
     let backend = backend::active();
     let tiles = |run: &AttnRun<'_>| run.rows.len().div_ceil(rows_per_tile);
-    let n_units = layout.n_kv_heads * runs.iter().map(tiles).sum::<usize>();
-    let next = std::sync::atomic::AtomicUsize::new(0);
-    pool.run(pool.threads().min(n_units), &|thread| {
+    let n_tiles: usize = runs.iter().map(tiles).sum();
+    // The pages a tile reads, and its rows and first position.
+    let tile_of = |mut tile: usize| {
+        let run = runs.iter().find(|run| {
+            let inside = tile < tiles(run);
+            tile -= if inside { 0 } else { tiles(run) };
+            inside
+        });
+        let run = run.expect("tiles are counted from the same runs");
+        let first = run.rows.start + tile * rows_per_tile;
+        let rows = first..(first + rows_per_tile).min(run.rows.end);
+        let position = run.start + tile * rows_per_tile;
+        (&run.pages[..(position + rows.len()).div_ceil(PAGE_TOKENS)], rows, position)
+    };
+    pool.run_stretches(n_tiles * layout.n_kv_heads, layout.n_kv_heads, &|thread, units| {
         // SAFETY: one row of the buffer per task of this call.
         let probabilities = unsafe { probabilities.cols(thread, 0, per_thread) };
-        loop {
-            let index = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-            if index >= n_units {
-                break;
-            }
-            let (kv_head, mut tile) = (index % layout.n_kv_heads, index / layout.n_kv_heads);
-            let run = runs
-                .iter()
-                .find(|run| {
-                    let inside = tile < tiles(run);
-                    tile -= if inside { 0 } else { tiles(run) };
-                    inside
-                })
-                .expect("units are counted from the same runs");
-            let first = run.rows.start + tile * rows_per_tile;
-            let rows = first..(first + rows_per_tile).min(run.rows.end);
-            let position = run.start + tile * rows_per_tile;
-            let pages = run.pages;
-            let unit = Unit { q, out: target, kv, layer, kv_head, group, rows, position, pages, scale, stride };
+        let tile = units.start / layout.n_kv_heads;
+        let (pages, rows, position) = tile_of(tile);
+        for kv_head in 0..layout.n_kv_heads {
+            let next = if kv_head + 1 < layout.n_kv_heads {
+                Some((kv.blocks(layer, kv_head + 1), pages))
+            } else {
+                (tile + 1 < n_tiles).then(|| (kv.blocks(layer, 0), tile_of(tile + 1).0))
+            };
+            let (blocks, rows) = (kv.blocks(layer, kv_head), rows.clone());
+            let unit =
+                Unit { q, out: target, kv, layer, kv_head, blocks, group, rows, position, pages, next, scale, stride };
             // SAFETY: the active backend is available; shapes were checked on entry, and units are disjoint.
             unsafe { backend.run(vector::Attend(&unit, probabilities), |k| scalar::run(k.0, k.1)) };
         }
@@ -114,12 +118,17 @@ struct Unit<'a> {
     kv: &'a KvPool,
     layer: usize,
     kv_head: usize,
+    /// Where this head's keys and values lie.
+    blocks: HeadBlocks,
     /// Query heads per key/value head.
     group: usize,
     rows: Range<usize>,
     /// Position of the first of these rows.
     position: usize,
+    /// Pages up to the last position of these rows.
     pages: &'a [u32],
+    /// Blocks and pages of the unit that most likely comes next on this thread; only ever fetched.
+    next: Option<(HeadBlocks, &'a [u32])>,
     scale: f32,
     /// Probabilities per query.
     stride: usize,

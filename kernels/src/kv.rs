@@ -174,11 +174,43 @@ impl KvPool {
         ((page as usize * n_layers + layer) * n_kv_heads + head) * self.layout.block_len()
     }
 
+    /// Where a head of a layer, which exists, lies in all pages.
+    pub(crate) fn blocks(&self, layer: usize, head: usize) -> HeadBlocks {
+        let bytes = self.layout.dtype.bytes();
+        let first = self.data.view::<u8>().as_ptr().wrapping_add(self.block(layer, 0, head) * bytes);
+        HeadBlocks { first, page_bytes: self.bytes_per_page(), half_bytes: self.layout.block_len() / 2 * bytes }
+    }
+
     /// Keys `[head_dim][16]` and values `[16][head_dim]` of a head in a page, as stored numbers of `dtype`.
     pub(crate) fn head<T: Plain>(&self, layer: usize, page: u32, head: usize) -> (&[T], &[T]) {
         debug_assert_eq!(size_of::<T>(), self.layout.dtype.bytes());
         let block = &self.data.view::<T>()[self.block(layer, page, head)..][..self.layout.block_len()];
         block.split_at(self.layout.head_dim * PAGE_TOKENS)
+    }
+}
+
+/// Where the blocks of one head in one layer lie, for kernels that go through many pages.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct HeadBlocks {
+    first: *const u8,
+    page_bytes: usize,
+    /// Bytes of the keys, and of the values after them.
+    pub(crate) half_bytes: usize,
+}
+
+// === impl HeadBlocks ===
+
+impl HeadBlocks {
+    /// First byte of the keys in a page; readable when the page exists.
+    #[inline(always)]
+    pub(crate) fn keys(&self, page: u32) -> *const u8 {
+        self.first.wrapping_add(page as usize * self.page_bytes)
+    }
+
+    /// First byte of the values in a page.
+    #[inline(always)]
+    pub(crate) fn values(&self, page: u32) -> *const u8 {
+        self.keys(page).wrapping_add(self.half_bytes)
     }
 }
 

@@ -21,6 +21,8 @@ use std::thread::JoinHandle;
 const SPINS_BEFORE_PARK: u32 = 2_000;
 /// Spins of the caller before it yields the core to a worker that owns a task but was descheduled.
 const SPINS_BEFORE_YIELD: u32 = 2_000;
+/// Most parts of a run that threads take chunks from; beyond it threads share parts.
+const PARTS_MAX: usize = 16;
 /// "Next task" of a ticket that nobody may move.
 const CLOSED: u32 = u32::MAX;
 
@@ -109,20 +111,38 @@ impl Pool {
         }
     }
 
-    /// Runs `f` on stretches of `0..n` of at most `chunk`, taken in order by whichever thread is free.
+    /// Runs `f` on stretches of `0..n` of at most `chunk`. Each thread goes through a part of its own in order, so that
+    /// what it reads follows on what it read before, and then helps with what others have left.
     pub(crate) fn run_chunks(&self, n: usize, chunk: usize, f: &(dyn Fn(Range<usize>) + Sync)) {
-        let next = AtomicUsize::new(0);
-        self.run(n.div_ceil(chunk).min(self.threads()), &|_| {
-            loop {
-                let first = next.fetch_add(chunk, Ordering::Relaxed);
-                if first >= n {
-                    break;
+        self.run_stretches(n, chunk, &|_, stretch| f(stretch));
+    }
+
+    /// As [`Pool::run_chunks`], telling `f` which of at most [`Pool::threads`] tasks it runs in; stretches of one task
+    /// never overlap in time.
+    pub(crate) fn run_stretches(&self, n: usize, chunk: usize, f: &(dyn Fn(usize, Range<usize>) + Sync)) {
+        let n_chunks = n.div_ceil(chunk);
+        let n_tasks = n_chunks.min(self.threads());
+        let n_parts = n_tasks.min(PARTS_MAX);
+        let taken: [Taken; PARTS_MAX] = std::array::from_fn(|_| Taken(AtomicUsize::new(0)));
+        let bound = |part: usize| n_chunks * part / n_parts;
+        self.run(n_tasks, &|task| {
+            for turn in 0..n_parts {
+                let part = (task + turn) % n_parts;
+                loop {
+                    let index = bound(part) + taken[part].0.fetch_add(1, Ordering::Relaxed);
+                    if index >= bound(part + 1) {
+                        break;
+                    }
+                    f(task, index * chunk..((index + 1) * chunk).min(n));
                 }
-                f(first..(first + chunk).min(n));
             }
         });
     }
 }
+
+/// Chunks taken of a part, in a cache line of its own.
+#[repr(align(64))]
+struct Taken(AtomicUsize);
 
 impl Drop for Pool {
     fn drop(&mut self) {

@@ -4,10 +4,10 @@
 #![expect(clippy::needless_range_loop, reason = "tiles: one index names the same row or panel in several arrays")]
 
 use super::{Query, Unit};
-use crate::kv::{KvDtype, PAGE_TOKENS};
+use crate::kv::{HeadBlocks, KvDtype, PAGE_TOKENS};
 use crate::ops::tree_sum;
 use crate::ops::vector::exp;
-use crate::simd::{F16, F32, Kernel, Simd, lanes};
+use crate::simd::{F16, F32, Kernel, LINE, Simd, lanes, prefetch};
 
 /// All queries of a unit that was checked by the entry; the probabilities have `stride` values per query.
 pub(super) struct Attend<'a>(pub(super) &'a Unit<'a>, pub(super) &'a mut [f32]);
@@ -63,16 +63,18 @@ unsafe fn tile<S: Simd, const K: u8, const T: usize>(
     let q: [_; T] = std::array::from_fn(|t| unit.q_of(queries[t]).as_ptr());
     let n_pages = queries[T - 1].limit.div_ceil(PAGE_TOKENS);
     // As many accumulators as fit the registers beside the values they share; fewer would wait for each other.
-    let wide = if S::VECTORS > 16 { 16 / T.next_power_of_two() } else { 4 / T.next_power_of_two() };
+    let wide = if S::VECTORS > 16 { 24 / T } else { 4 / T };
+    // The first queries fetch values while they score, and the next unit's keys while they mix.
+    let fetches = first == 0;
     let mut page = 0;
     while page < n_pages {
         // SAFETY: limits ascend, so `n_pages` pages cover all queries; they exist by the entry's check; `stride` is at
         // least `n_pages * 16`.
         page += unsafe {
             match n_pages - page {
-                4.. if wide >= 4 => score::<S, K, T, 4>(unit, &q, page, probabilities),
-                2.. if wide >= 2 => score::<S, K, T, 2>(unit, &q, page, probabilities),
-                _ => score::<S, K, T, 1>(unit, &q, page, probabilities),
+                4.. if wide >= 4 => score::<S, K, T, 4>(unit, &q, page, fetches, probabilities),
+                2.. if wide >= 2 => score::<S, K, T, 2>(unit, &q, page, fetches, probabilities),
+                _ => score::<S, K, T, 1>(unit, &q, page, fetches, probabilities),
             }
         };
     }
@@ -85,12 +87,13 @@ unsafe fn tile<S: Simd, const K: u8, const T: usize>(
     let head_dim = unit.kv.layout().head_dim;
     let mut d = 0;
     while d < head_dim {
+        let next = if fetches && d == 0 { unit.next } else { None };
         // SAFETY: dimensions from `d` on exist; each is written by this unit only.
         d += unsafe {
             match (head_dim - d).div_ceil(16) {
-                4.. if wide >= 4 => mix::<S, K, T, 4>(unit, &queries, &limits, &inverse, probabilities, d),
-                2.. if wide >= 2 => mix::<S, K, T, 2>(unit, &queries, &limits, &inverse, probabilities, d),
-                _ => mix::<S, K, T, 1>(unit, &queries, &limits, &inverse, probabilities, d),
+                4.. if wide >= 4 => mix::<S, K, T, 4>(unit, &queries, &limits, &inverse, probabilities, d, next),
+                2.. if wide >= 2 => mix::<S, K, T, 2>(unit, &queries, &limits, &inverse, probabilities, d, next),
+                _ => mix::<S, K, T, 1>(unit, &queries, &limits, &inverse, probabilities, d, next),
             }
         };
     }
@@ -107,13 +110,21 @@ unsafe fn score<S: Simd, const K: u8, const T: usize, const P: usize>(
     unit: &Unit<'_>,
     q: &[*const f32; T],
     page: usize,
+    fetches: bool,
     probabilities: &mut [f32],
 ) -> usize {
-    let keys: [_; P] = std::array::from_fn(|p| block::<K>(unit, unit.pages[page + p]));
+    let keys: [_; P] = std::array::from_fn(|p| unit.blocks.keys(unit.pages[page + p]));
+    // Dimensions of keys per cache line.
+    let per_line = LINE / (PAGE_TOKENS * bytes::<K>());
     // SAFETY: dimension `d` of queries and keys exists; the slices stored to have 16 values.
     unsafe {
         let mut acc = [[S::splat(0.0); P]; T];
         for d in 0..unit.kv.layout().head_dim {
+            if fetches && d.is_multiple_of(per_line) {
+                for p in 0..P {
+                    prefetch(keys[p].wrapping_add(unit.blocks.half_bytes + d / per_line * LINE));
+                }
+            }
             let mut k = [S::splat(0.0); P];
             for p in 0..P {
                 k[p] = S::load::<K>(keys[p], d * PAGE_TOKENS);
@@ -144,21 +155,26 @@ unsafe fn score<S: Simd, const K: u8, const T: usize, const P: usize>(
 unsafe fn softmax<S: Simd>(scores: &mut [f32], limit: usize) -> f32 {
     // SAFETY: loads and stores keep inside the parts.
     unsafe {
+        let (whole, rest) = scores[..limit].as_chunks_mut::<PAGE_TOKENS>();
         let mut max = S::splat(f32::NEG_INFINITY);
-        for part in scores[..limit].chunks(PAGE_TOKENS) {
-            let score = S::load_first::<F32>(part.as_ptr().cast(), 0, part.len());
+        for part in &*whole {
             // NaN scores are passed over here, as in the reference.
-            max = S::select_first(part.len(), S::greater(score, max), max);
+            max = S::greater(S::load::<F32>(part.as_ptr().cast(), 0), max);
         }
+        let n = rest.len();
+        let last = S::load_first::<F32>(rest.as_ptr().cast(), 0, n);
+        max = S::select_first(n, S::greater(last, max), max);
         let max = lanes::<S>(max).into_iter().fold(f32::NEG_INFINITY, |max, lane| if lane > max { lane } else { max });
         let less = S::splat(-max);
         let mut parts = S::splat(0.0);
-        for part in scores[..limit].chunks_mut(PAGE_TOKENS) {
-            let score = S::load_first::<F32>(part.as_ptr().cast(), 0, part.len());
-            let probability = exp::<S>(S::add(score, less));
-            parts = S::select_first(part.len(), S::add(parts, probability), parts);
-            S::store_first(part.as_mut_ptr(), probability, part.len());
+        for part in whole {
+            let probability = exp::<S>(S::add(S::load::<F32>(part.as_ptr().cast(), 0), less));
+            parts = S::add(parts, probability);
+            S::store(part.as_mut_ptr(), probability);
         }
+        let probability = exp::<S>(S::add(last, less));
+        parts = S::select_first(n, S::add(parts, probability), parts);
+        S::store_first(rest.as_mut_ptr(), probability, n);
         1.0 / tree_sum(lanes::<S>(parts))
     }
 }
@@ -176,6 +192,7 @@ unsafe fn mix<S: Simd, const K: u8, const T: usize, const D: usize>(
     inverse: &[f32; T],
     probabilities: &[f32],
     d: usize,
+    next: Option<(HeadBlocks, &[u32])>,
 ) -> usize {
     let head_dim = unit.kv.layout().head_dim;
     let stride = unit.stride;
@@ -189,8 +206,18 @@ unsafe fn mix<S: Simd, const K: u8, const T: usize, const D: usize>(
     unsafe {
         let mut acc = [[S::splat(0.0); D]; T];
         for first in (0..common).step_by(PAGE_TOKENS) {
-            let base = values::<K>(unit, first);
+            let base = unit.blocks.values(unit.pages[first / PAGE_TOKENS]);
+            let ahead = match next {
+                Some((blocks, pages)) if first / PAGE_TOKENS < pages.len() => blocks.keys(pages[first / PAGE_TOKENS]),
+                _ => std::ptr::null(),
+            };
             for slot in 0..(common - first).min(PAGE_TOKENS) {
+                if !ahead.is_null() {
+                    // As many bytes of the next unit's keys as of these values.
+                    for line in 0..(head_dim * bytes::<K>()).div_ceil(LINE) {
+                        prefetch(ahead.wrapping_add(slot * head_dim * bytes::<K>() + line * LINE));
+                    }
+                }
                 let v = row::<S, K, D>(base, slot * head_dim + d, last);
                 for t in 0..T {
                     let probability = S::splat(*probabilities.get_unchecked(t * stride + first + slot));
@@ -202,7 +229,8 @@ unsafe fn mix<S: Simd, const K: u8, const T: usize, const D: usize>(
         }
         for t in 0..T {
             for position in common..limits[t] {
-                let v = row::<S, K, D>(values::<K>(unit, position), position % PAGE_TOKENS * head_dim + d, last);
+                let base = unit.blocks.values(unit.pages[position / PAGE_TOKENS]);
+                let v = row::<S, K, D>(base, position % PAGE_TOKENS * head_dim + d, last);
                 let probability = S::splat(probabilities[t * stride + position]);
                 for i in 0..D {
                     acc[t][i] = S::mul_add(probability, v[i], acc[t][i]);
@@ -237,18 +265,7 @@ unsafe fn row<S: Simd, const K: u8, const D: usize>(values: *const u8, at: usize
     }
 }
 
-/// First byte of the values of a position's page.
-#[inline(always)]
-fn values<const K: u8>(unit: &Unit<'_>, position: usize) -> *const u8 {
-    let elements = unit.kv.layout().head_dim * PAGE_TOKENS;
-    block::<K>(unit, unit.pages[position / PAGE_TOKENS]).wrapping_add(elements * if K == F32 { 4 } else { 2 })
-}
-
-/// First byte of the unit's head in a page: keys, then values.
-fn block<const K: u8>(unit: &Unit<'_>, page: u32) -> *const u8 {
-    if K == F32 {
-        unit.kv.head::<f32>(unit.layer, page, unit.kv_head).0.as_ptr().cast()
-    } else {
-        unit.kv.head::<u16>(unit.layer, page, unit.kv_head).0.as_ptr().cast()
-    }
+/// Bytes of an element.
+const fn bytes<const K: u8>() -> usize {
+    if K == F32 { 4 } else { 2 }
 }
