@@ -97,7 +97,8 @@ pub fn lora_delta_group(pool: &Pool, x: &[f32], n_in: usize, deltas: &mut [Delta
     if n_tiles >= pool.threads() {
         let whole = |segment: &Segment<'_>| (tiles(segment), 1);
         pool.run_chunks(n_tiles, 1, &|unit| {
-            let (work, tile, _) = find(&works, unit.start, whole);
+            let (work, mut tile, _) = find(&works, unit.start, whole);
+            tile.next = (unit.end < n_tiles).then(|| find(&works, unit.end, whole).1.pair);
             // SAFETY: tiles are disjoint rows of their layers, each handed out once.
             unsafe {
                 work.shrink(&tile, 0..tile.pair.rank_panels());
@@ -148,6 +149,8 @@ struct Work<'a> {
 struct Tile<'a> {
     rows: Range<usize>,
     pair: &'a LoraPair,
+    /// The pair that most likely comes next on this thread; only ever fetched.
+    next: Option<&'a LoraPair>,
 }
 
 // === impl Work ===
@@ -190,7 +193,7 @@ fn find<'a, 'b>(
             if index < tiles * parts {
                 let first = segment.rows.start + index / parts * ROW_TILE;
                 let rows = first..(first + ROW_TILE).min(segment.rows.end);
-                return (work, Tile { rows, pair: segment.pair }, index % parts);
+                return (work, Tile { rows, pair: segment.pair, next: None }, index % parts);
             }
             index -= tiles * parts;
         }

@@ -7,11 +7,47 @@ use std::ops::Range;
 use super::pair::{LoraDtype, LoraPair};
 use super::scalar::{CHAINS, fold};
 use super::{Tile, Work};
+use crate::aligned::Aligned;
 use crate::matrix::PANEL;
-use crate::simd::{BF16, F16, F32, Kernel, Simd, lanes};
+use crate::simd::{BF16, F16, F32, Kernel, LINE, Simd, lanes, prefetch};
 
 /// Rows per inner tile: 4 rows by 4 chains are half of the registers.
 const ROWS: usize = 4;
+
+/// How far ahead of the reads memory is fetched, in bytes: a page, so that the fetch of the next one is under way when
+/// the hardware stops at the end of this one.
+const AHEAD: usize = 4 << 10;
+
+/// A matrix that is read from front to back once, and the one that will be read after it.
+struct Ahead {
+    end: *const u8,
+    next: *const u8,
+}
+
+// === impl Ahead ===
+
+impl Ahead {
+    fn new(of: &Aligned, next: Option<&Aligned>) -> Self {
+        let this = of.view::<u8>();
+        // Without a next one the last fetches fall on what was read already.
+        Self { end: this.as_ptr_range().end, next: next.unwrap_or(of).view::<u8>().as_ptr() }
+    }
+
+    /// Fetches `lines` cache lines that lie [`AHEAD`] of the reads at `at`.
+    #[inline(always)]
+    fn fetch(&self, at: *const u8, lines: usize) {
+        for line in 0..lines {
+            let ahead = at.wrapping_add(AHEAD + line * LINE);
+            let beyond = (ahead as usize).wrapping_sub(self.end as usize);
+            prefetch(if ahead < self.end { ahead } else { self.next.wrapping_add(beyond) });
+        }
+    }
+}
+
+/// Bytes of an element of kind `K`.
+const fn bytes<const K: u8>() -> usize {
+    if K == F32 { 4 } else { 2 }
+}
 
 /// A x for some rank panels of a tile, with the contract of `scalar::shrink`.
 pub(super) struct Shrink<'a>(pub(super) &'a Work<'a>, pub(super) &'a Tile<'a>, pub(super) Range<usize>);
@@ -37,16 +73,18 @@ impl Kernel for Shrink<'_> {
 /// The CPU has the instructions of `S`; otherwise as `scalar::shrink`, with `K` the kind of the pair's elements.
 #[inline(always)]
 unsafe fn shrink_rows<S: Simd, const K: u8>(work: &Work<'_>, tile: &Tile<'_>, panels: Range<usize>) {
+    let ahead = Ahead::new(&tile.pair.a, Some(&tile.pair.b));
     for panel in panels {
         let mut row = tile.rows.start;
         while row < tile.rows.end {
+            let ahead = (row == tile.rows.start).then_some(&ahead);
             // SAFETY: the rows lie inside the tile.
             row += unsafe {
                 match tile.rows.end - row {
-                    1 => shrink_tile::<S, K, 1>(work, tile.pair, panel, row),
-                    2 => shrink_tile::<S, K, 2>(work, tile.pair, panel, row),
-                    3 => shrink_tile::<S, K, 3>(work, tile.pair, panel, row),
-                    _ => shrink_tile::<S, K, ROWS>(work, tile.pair, panel, row),
+                    1 => shrink_tile::<S, K, 1>(work, tile.pair, panel, row, ahead),
+                    2 => shrink_tile::<S, K, 2>(work, tile.pair, panel, row, ahead),
+                    3 => shrink_tile::<S, K, 3>(work, tile.pair, panel, row, ahead),
+                    _ => shrink_tile::<S, K, ROWS>(work, tile.pair, panel, row, ahead),
                 }
             };
         }
@@ -61,6 +99,7 @@ unsafe fn shrink_tile<S: Simd, const K: u8, const R: usize>(
     pair: &LoraPair,
     panel: usize,
     row: usize,
+    ahead: Option<&Ahead>,
 ) -> usize {
     let (width, steps) = (pair.width(), pair.steps());
     let a = pair.a.view::<u8>().as_ptr();
@@ -72,6 +111,10 @@ unsafe fn shrink_tile<S: Simd, const K: u8, const R: usize>(
         let mut acc = [[S::splat(0.0); CHAINS]; R];
         if width == PANEL {
             for first in (0..steps - steps % CHAINS).step_by(CHAINS) {
+                if let Some(ahead) = ahead {
+                    let lines = CHAINS * PANEL * bytes::<K>() / LINE;
+                    ahead.fetch(a.add((base + first * PANEL) * bytes::<K>()), lines);
+                }
                 for chain in 0..CHAINS {
                     let a = S::load::<K>(a, base + (first + chain) * PANEL);
                     for r in 0..R {
@@ -139,11 +182,17 @@ impl Kernel for Expand<'_> {
 /// The CPU has the instructions of `S`; otherwise as `scalar::expand`, with `K` the kind of the pair's elements.
 #[inline(always)]
 unsafe fn expand_panels<S: Simd, const K: u8>(work: &Work<'_>, tile: &Tile<'_>, panels: Range<usize>) {
+    let ahead = Ahead::new(&tile.pair.b, tile.next.map(|next| &next.a));
     let mut panel = panels.start;
     while panel < panels.end {
         let pair = panels.end - panel >= 2;
         let mut row = tile.rows.start;
         while row < tile.rows.end {
+            if row == tile.rows.start {
+                let panel_bytes = tile.pair.rank() * PANEL * bytes::<K>();
+                let at = tile.pair.b.view::<u8>().as_ptr().wrapping_add(panel * panel_bytes);
+                ahead.fetch(at, (if pair { 2 } else { 1 } * panel_bytes).div_ceil(LINE));
+            }
             // SAFETY: rows and panels lie inside the tile and the range.
             row += unsafe {
                 match (tile.rows.end - row, pair) {
