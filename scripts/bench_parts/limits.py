@@ -14,7 +14,7 @@ norms, sampling, HTTP and the load generator are not counted, so that the limit 
 
     W1, W5  one request at a time: prefill of its prompt, then one step per further token
     W2      16 prompts, then steps of 16 rows
-    W3      as W2, and every decode step reads 16 adapters, the prefill each adapter once
+    W3      as W2, and every decode step reads 16 adapters (W3-4: four), the prefill each adapter once
     W4      as W3 with 32 rows; a step reads as many adapters as 32 draws of the law give, at most the slots
 """
 
@@ -64,8 +64,10 @@ def tokens_per_s(machine, workload):
         return 64 / _round_s(machine, 1, 96, 64, 0)
     if workload == "W2":
         return 16 * 64 / _round_s(machine, 16, 96, 64, 0)
-    if workload == "W3":
+    if workload in ("W3", "W3-mixed"):
         return 16 * 64 / _round_s(machine, 16, 96, 64, 16)
+    if workload == "W3-4":
+        return 16 * 64 / _round_s(machine, 16, 96, 64, 4)
     if workload in ("W4", "W4-1000"):
         n_tenants = 100 if workload == "W4" else 1000
         return 32 * 64 / _round_s(machine, 32, 96, 64, min(15, zipf_distinct(n_tenants, 32)))

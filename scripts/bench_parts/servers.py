@@ -100,6 +100,8 @@ class Tenantry(Server):
     name = "tenantry"
     ready_path = "/readyz"
     start_limit_s = 60
+    # Rank of each tenant's adapter; 16 where the list ends.
+    ranks = ()
 
     def __init__(self, work, adapter_folder, n_adapters, binary, model, tables, contract=None):
         super().__init__(work, adapter_folder, n_adapters)
@@ -139,7 +141,8 @@ class Tenantry(Server):
     def _create(self, number):
         tenant, version = f"t{number}", f"t{number}-task-smollm2-v1.0.0"
         made = self.admin("POST", "/admin/v1/tenants", {"id": tenant, "contract": self.contract})
-        peft, _ = adapters.make(self.adapter_folder, number)
+        rank = self.ranks[number] if number < len(self.ranks) else 16
+        peft, _ = adapters.make(self.adapter_folder, number, rank)
         line = "a-line-that-no-weight-contains-7f3e"
         form = b""
         for part, file in (("config", "adapter_config.json"), ("weights", "adapter_model.safetensors")):

@@ -6,6 +6,7 @@ from . import limits
 
 # Workloads whose figure is a rate, with the place of the figure in a report.
 RATES = {"W1": "output_tokens_per_s", "W2": "output_tokens_per_s", "W3": "output_tokens_per_s",
+         "W3-4": "output_tokens_per_s", "W3-mixed": "output_tokens_per_s",
          "W4": "output_tokens_per_s", "W4-1000": "output_tokens_per_s", "W5": "tokens_per_s"}
 
 

@@ -6,6 +6,7 @@ tokens and answers 64 unless said otherwise; greedy, end of sequence ignored, no
     W3       16 tenants with an adapter each           W6  first use of an adapter against its second
     W4       100 tenants by Zipf, 32 streams           W7  eight tenants with two streams; a ninth has none, two
     W4-1000  1,000 tenants by Zipf, 32 streams             or 32 streams
+    W3-4     16 streams over four of W3's tenants      W3-mixed  as W3 with ranks from 4 to 64, as many bytes in all
 """
 
 from dataclasses import dataclass, field
@@ -36,7 +37,10 @@ def loads(workload, server, patience):
         return [Load([server.base()], bounds(8 * patience, drain, streams=1, warmup=1))]
     if workload == "W2":
         return [Load([server.base()], bounds(8 * patience, drain, streams=16, warmup=1))]
-    if workload == "W3":
+    if workload == "W3-4":
+        return [Load([{**tenant, "streams": 4} for tenant in tenants[:4]],
+                     bounds(12 * patience, drain, draw="pinned", warmup=1))]
+    if workload in ("W3", "W3-mixed"):
         return [Load(tenants[:16], bounds(12 * patience, drain, draw="pinned", warmup=1))]
     if workload in ("W4", "W4-1000"):
         return [Load(tenants, bounds(15 * patience, drain, draw="zipf:1.0", streams=32))]
