@@ -2,7 +2,7 @@
 //!
 //! | fact | owner | readers |
 //! |---|---|---|
-//! | tenant records, API-key hashes, adapter versions, task pointers | [`registry::Registry`] (one writer thread below its actor) | everyone, through [`registry::snapshot::Snapshot`] |
+//! | tenant records, API-key hashes, adapter versions, task pointers | [`registry::Registry`]: a log that a majority agrees on, applied on every node | everyone, through [`registry::snapshot::Snapshot`] |
 //! | who a key belongs to | [`auth`]: only a snapshot makes an [`auth::AuthedTenant`] | gateway |
 //! | what a `model` field means | [`resolve`] (core) | gateway |
 //! | what a tenant has used of its rates | [`admission`] (core), held by the gateway behind one short lock | gateway |
@@ -12,8 +12,7 @@
 //! | which adapters should be warm before somebody asks | [`prewarm`] (core) | each node's adapter cache |
 //!
 //! The registry is a pure state changed only by commands. A command carries everything that is random or
-//! read from a clock, so that applying the same commands anywhere gives the same state: replication adds a
-//! log in front of the writer and changes nothing else.
+//! read from a clock, so that applying the same log of commands anywhere gives the same state.
 //!
 //! Not here: listeners, HTTP, adapter bytes, queues.
 

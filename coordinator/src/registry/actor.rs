@@ -1,48 +1,49 @@
-//! The registry's actor: hands commands to the writer thread and reports its end.
+//! The registry's actor: hands commands to the keeper and reports its end.
 //!
 //! Supervised by the node; only [`super::Registry`] sends to it, each message holding a credit. It ends when
-//! stopped or when its writer thread ends. A crash loses commands that were not answered yet (their outcome
+//! stopped or when the keeper ends. A crash loses commands that were not answered yet (their outcome
 //! is told as unknown) and nothing that was; readers keep the last snapshot until
 //! [`super::Registry::respawn`].
 
-use std::sync::{Arc, Mutex, mpsc};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex};
 
 use ractor::{Actor, ActorProcessingErr, ActorRef};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 use super::error::RegistryError;
-use super::writer::{Job, Writer};
+use super::keeper::{Job, Keeper, Refusal};
 
 /// What the actor is told.
 pub(super) enum RegistryMsg {
     /// A command arrived; sent by the handle.
-    Apply(Job),
-    /// The writer thread ended by itself, which only a panic does; sent by its guard.
-    WriterEnded,
+    Apply(Box<Job>),
+    /// The keeper ended by itself, which only a panic does; sent by its guard.
+    KeeperEnded,
 }
 
-/// What it starts with: a store that is open already, so that errors of opening have names.
+/// What it starts with: a copy that is open already, so that errors of opening have names.
 pub(super) struct RegistryArgs {
-    pub(super) writer: Writer,
-    /// Joined before the next start, so that two writers never meet.
-    pub(super) thread: Arc<Mutex<Option<JoinHandle<()>>>>,
+    pub(super) keeper: Keeper,
+    /// Joined before the next start, so that two keepers never meet.
+    pub(super) task: Arc<Mutex<Option<JoinHandle<()>>>>,
 }
 
-/// Stateless: everything is in the writer.
+/// Stateless: everything is in the keeper.
 pub(super) struct RegistryActor;
 
-/// The way to the writer.
+/// The way to the keeper. Its queue is as long as there are credits.
 pub(super) struct RegistryActorState {
-    jobs: mpsc::Sender<Job>,
+    jobs: mpsc::UnboundedSender<Job>,
 }
 
-/// Tells the actor when the thread unwinds or returns.
+/// Tells the actor when the task unwinds or returns.
 struct EndGuard(ActorRef<RegistryMsg>);
 
 impl Drop for EndGuard {
     fn drop(&mut self) {
         // The actor is gone already when the end is a normal one.
-        let _ = self.0.send_message(RegistryMsg::WriterEnded);
+        let _ = self.0.send_message(RegistryMsg::KeeperEnded);
     }
 }
 
@@ -56,15 +57,14 @@ impl Actor for RegistryActor {
         myself: ActorRef<RegistryMsg>,
         args: RegistryArgs,
     ) -> Result<RegistryActorState, ActorProcessingErr> {
-        let (jobs, receiver) = mpsc::channel();
-        let RegistryArgs { writer, thread } = args;
+        let (jobs, receiver) = mpsc::unbounded_channel();
+        let RegistryArgs { keeper, task } = args;
         let guard = EndGuard(myself);
-        let run = move || {
+        let run = async move {
             let _guard = guard;
-            writer.run(&receiver);
+            keeper.run(receiver).await;
         };
-        let handle = std::thread::Builder::new().name("registry".to_owned()).spawn(run)?;
-        *thread.lock().map_err(|_| "a thread panicked with the writer's handle")? = Some(handle);
+        *task.lock().map_err(|_| "a thread panicked with the keeper's handle")? = Some(tokio::spawn(run));
         Ok(RegistryActorState { jobs })
     }
 
@@ -75,17 +75,17 @@ impl Actor for RegistryActor {
         state: &mut RegistryActorState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            RegistryMsg::Apply(job) => state.on_apply(job),
-            RegistryMsg::WriterEnded => Err("the registry's writer thread ended".into()),
+            RegistryMsg::Apply(job) => state.on_apply(*job),
+            RegistryMsg::KeeperEnded => Err("the registry's keeper ended".into()),
         }
     }
 }
 
 impl RegistryActorState {
     fn on_apply(&mut self, job: Job) -> Result<(), ActorProcessingErr> {
-        self.jobs.send(job).map_err(|mpsc::SendError(job)| {
-            let _ = job.reply.send(Err(RegistryError::Unavailable));
-            "the registry's writer thread ended".into()
+        self.jobs.send(job).map_err(|mpsc::error::SendError(job)| {
+            let _ = job.reply.send(Err(Refusal::Error(RegistryError::Unavailable)));
+            "the registry's keeper ended".into()
         })
     }
 }

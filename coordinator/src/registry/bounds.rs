@@ -37,7 +37,7 @@ fn number(field: &'static str, found: u64, min: u64, max: u64) -> Result<(), Reg
     if (min..=max).contains(&found) {
         return Ok(());
     }
-    Err(RegistryError::Invalid { field, found: found.to_string(), rule: format!("use {min} to {max}") })
+    Err(RegistryError::Invalid { field: field.into(), found: found.to_string(), rule: format!("use {min} to {max}") })
 }
 
 fn text(field: &'static str, found: &str, max: usize) -> Result<(), RegistryError> {
@@ -46,7 +46,7 @@ fn text(field: &'static str, found: &str, max: usize) -> Result<(), RegistryErro
         return Ok(());
     }
     Err(RegistryError::Invalid {
-        field,
+        field: field.into(),
         found: format!("{:?}", found.chars().take(80).collect::<String>()),
         rule: format!("use 1 to {max} bytes of text without control characters and outer spaces"),
     })
@@ -60,7 +60,11 @@ fn bases(found: &[BaseName]) -> Result<(), RegistryError> {
     number("number of bases", found.len() as u64, 1, BASES_MAX as u64)?;
     let twice = found.iter().enumerate().find(|(i, base)| found[..*i].contains(base));
     twice.map_or(Ok(()), |(_, base)| {
-        Err(RegistryError::Invalid { field: "bases", found: base.to_string(), rule: "name each base once".to_owned() })
+        Err(RegistryError::Invalid {
+            field: "bases".into(),
+            found: base.to_string(),
+            rule: "name each base once".to_owned(),
+        })
     })
 }
 
@@ -103,7 +107,7 @@ pub(super) fn check_key(key: &KeyRecord) -> Result<(), RegistryError> {
     number("number of scopes", key.scopes.len() as u64, 1, 3)?;
     match key.expires_at_s {
         Some(at) if at <= key.created_at_s => Err(RegistryError::Invalid {
-            field: "expires_at",
+            field: "expires_at".into(),
             found: at.to_string(),
             rule: format!("use a time after its creation at {}", key.created_at_s),
         }),
@@ -119,7 +123,7 @@ pub(super) fn check_adapter(adapter: &AdapterRecord) -> Result<(), RegistryError
         return Ok(());
     }
     Err(RegistryError::Invalid {
-        field: "adapter base",
+        field: "adapter base".into(),
         found: adapter.base.to_string(),
         rule: format!("use {}, as in the version's name", adapter.name.base),
     })

@@ -97,6 +97,39 @@ impl Command {
     }
 }
 
+/// Names one call of a command, so that trying it again applies it once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct CommandId([u64; 2]);
+
+impl CommandId {
+    /// A fresh one.
+    pub fn random() -> Self {
+        Self(random_id())
+    }
+}
+
+/// 128 random bits.
+///
+/// # Panics
+/// When the operating system has no randomness.
+pub(super) fn random_id() -> [u64; 2] {
+    let draw = || {
+        let mut bytes = [0; 8];
+        getrandom::fill(&mut bytes).expect("the operating system gives random bytes");
+        u64::from_le_bytes(bytes)
+    };
+    [draw(), draw()]
+}
+
+/// A command on its way into the replicated log.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Proposal {
+    /// The same for every attempt.
+    pub id: CommandId,
+    /// What to change.
+    pub command: Command,
+}
+
 impl From<Action> for Command {
     fn from(action: Action) -> Self {
         Self { expected_epoch: None, action }
@@ -287,7 +320,7 @@ pub enum Event {
 }
 
 /// Answer to an accepted command.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Applied {
     /// Registry epoch after it; when something changed, also the epoch of the tenant's contract.
     pub epoch: u64,

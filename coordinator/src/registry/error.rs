@@ -1,15 +1,22 @@
 //! Why the registry refuses a command or cannot carry it out.
 
+use std::borrow::Cow;
+
+use serde::{Deserialize, Serialize};
+
 use shared::error::{ErrorKind, RequestError};
 
+/// Text known when the program was built, or read from another node's answer.
+pub type Text = Cow<'static, str>;
+
 /// A refused or failed command. Unless it says otherwise, nothing was changed.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum RegistryError {
     /// A value breaks a rule of its own.
     #[error("{field} is {found}, which is not allowed: {rule}")]
     Invalid {
         /// Which field.
-        field: &'static str,
+        field: Text,
         /// What was found, shortened.
         found: String,
         /// The rule.
@@ -19,7 +26,7 @@ pub enum RegistryError {
     #[error("{what} {name} exists already")]
     Exists {
         /// What kind of thing.
-        what: &'static str,
+        what: Text,
         /// Its name.
         name: String,
     },
@@ -27,7 +34,7 @@ pub enum RegistryError {
     #[error("there is no {what} {name}")]
     NotFound {
         /// What kind of thing.
-        what: &'static str,
+        what: Text,
         /// The name looked for.
         name: String,
     },
@@ -46,17 +53,33 @@ pub enum RegistryError {
     #[error("{what}: {max} is the most; hint: {hint}")]
     LimitReached {
         /// What there is too much of.
-        what: &'static str,
+        what: Text,
         /// How many may be.
         max: usize,
         /// What to do.
-        hint: &'static str,
+        hint: Text,
     },
     /// Too many commands at once.
     #[error("{max} registry commands are waiting already; hint: retry in a second")]
     Busy {
         /// How many may wait.
         max: usize,
+    },
+    /// No node leads the registry, or the one that does cannot reach a majority. Reads and serving go on.
+    #[error(
+        "no node could take the change within {waited_ms} ms; hint: nothing was changed, look at tenantry ctl cluster"
+    )]
+    NoLeader {
+        /// How long it was tried.
+        waited_ms: u64,
+    },
+    /// The change was sent and no answer came: it may be applied, also later.
+    #[error(
+        "no answer within {waited_ms} ms; hint: read the tenant again before retrying, the change may have been kept"
+    )]
+    OutcomeUnknown {
+        /// How long it was tried.
+        waited_ms: u64,
     },
     /// The disk failed. The command may or may not have been applied: read the tenant before trying again.
     #[error(
@@ -66,7 +89,7 @@ pub enum RegistryError {
     /// The registry cannot be opened.
     #[error("cannot open the registry: {0}")]
     Open(String),
-    /// The writer is being restarted; the outcome of a command that was under way is unknown.
+    /// The registry is being restarted; the outcome of a command that was under way is unknown.
     #[error("the registry is restarting; hint: read the tenant again before retrying, the change may have been kept")]
     Unavailable,
 }
@@ -80,7 +103,11 @@ impl RegistryError {
             Self::Exists { .. } | Self::Conflict(_) | Self::EpochMismatch { .. } | Self::LimitReached { .. } => {
                 ErrorKind::Conflict
             }
-            Self::Busy { .. } | Self::Unavailable | Self::Open(_) => ErrorKind::Unavailable,
+            Self::Busy { .. }
+            | Self::NoLeader { .. }
+            | Self::OutcomeUnknown { .. }
+            | Self::Unavailable
+            | Self::Open(_) => ErrorKind::Unavailable,
             Self::Storage(_) => ErrorKind::StorageFull,
         }
     }
@@ -95,6 +122,8 @@ impl RegistryError {
             Self::EpochMismatch { .. } => "epoch_mismatch",
             Self::LimitReached { .. } => "limit_reached",
             Self::Busy { .. } => "registry_busy",
+            Self::NoLeader { .. } => "registry_no_leader",
+            Self::OutcomeUnknown { .. } => "registry_outcome_unknown",
             Self::Storage(_) => "registry_storage",
             Self::Open(_) | Self::Unavailable => "registry_unavailable",
         }
@@ -105,7 +134,7 @@ impl From<RegistryError> for RequestError {
     fn from(error: RegistryError) -> Self {
         let request = Self::new(error.kind(), error.code(), error.to_string());
         match error {
-            RegistryError::Invalid { field, .. } => Self { param: Some(field.into()), ..request },
+            RegistryError::Invalid { field, .. } => Self { param: Some(field), ..request },
             RegistryError::Busy { .. } => request.retry_after(std::time::Duration::from_secs(1)),
             _ => request,
         }

@@ -1,11 +1,12 @@
 //! The registry as everyone reads it: immutable, consistent, without waiting for anybody.
 //!
-//! The writer publishes a new snapshot after every durable batch of commands. A snapshot shares everything
+//! Every node publishes a new snapshot after each agreed batch of commands. A snapshot shares everything
 //! that did not change with the one before it. Reading never touches the actor, its mailbox or the disk.
 
 use std::fmt;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use shared::id::TenantId;
@@ -63,10 +64,21 @@ impl fmt::Debug for TenantView {
     }
 }
 
+/// Who led when something was decided. Acts that only a leader may order carry it, and whoever has seen a higher
+/// one refuses them: a term alone does not do, since two nodes can claim the same.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Fence {
+    /// Counts elections.
+    pub term: u64,
+    /// Raft id of the leader.
+    pub leader: u64,
+}
+
 /// All tenants at one epoch.
 #[derive(Clone)]
 pub struct Snapshot {
     epoch: u64,
+    fence: Fence,
     n_tenants: usize,
     tenants: ShardMap<TenantId, Arc<TenantView>>,
     key_owners: ShardMap<KeyId, Arc<TenantView>>,
@@ -82,11 +94,28 @@ impl Snapshot {
     pub fn build(state: &RegistryState, secrets: Arc<Secrets>) -> Result<Self, SealError> {
         let decoy = secrets.pepper().decoy();
         let (tenants, key_owners) = (ShardMap::new(), ShardMap::new());
-        let mut snapshot = Self { epoch: state.epoch(), n_tenants: 0, tenants, key_owners, secrets, decoy };
+        let (epoch, fence) = (state.epoch(), Fence::default());
+        let mut snapshot = Self { epoch, fence, n_tenants: 0, tenants, key_owners, secrets, decoy };
         for record in state.tenants().values() {
             snapshot.put(record.clone())?;
         }
         Ok(snapshot)
+    }
+
+    /// A snapshot of another state; tenants that are in both keep their unwrapped keys.
+    ///
+    /// # Errors
+    /// When a new tenant's key does not open with this cluster key.
+    pub fn replaced_by(&self, state: &RegistryState) -> Result<Self, SealError> {
+        let gone: Vec<TenantId> = self.tenants.values().map(|view| view.record.tenant().clone()).collect();
+        let mut next = Self { epoch: state.epoch(), ..self.clone() };
+        for tenant in gone.iter().filter(|tenant| !state.tenants().contains_key(*tenant)) {
+            next.remove(tenant);
+        }
+        for record in state.tenants().values() {
+            next.put(record.clone())?;
+        }
+        Ok(next)
     }
 
     /// The next snapshot: this one with some changes, at another epoch.
@@ -102,6 +131,13 @@ impl Snapshot {
             }
         }
         Ok(next)
+    }
+
+    /// The same, decided under this leader.
+    #[must_use]
+    pub fn under(mut self, fence: Fence) -> Self {
+        self.fence = fence;
+        self
     }
 
     fn put(&mut self, record: Arc<TenantRecord>) -> Result<(), SealError> {
@@ -131,6 +167,11 @@ impl Snapshot {
     /// Registry epoch.
     pub fn epoch(&self) -> u64 {
         self.epoch
+    }
+
+    /// The leader of the latest command this copy knows.
+    pub fn fence(&self) -> Fence {
+        self.fence
     }
 
     /// How many tenants there are.

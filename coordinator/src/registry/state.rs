@@ -1,18 +1,20 @@
 //! The registry as a pure state: commands in, events and changed records out.
 //!
 //! [`RegistryState::decide`] checks a command against the state and says what would change, without changing
-//! it; [`RegistryState::commit`] takes the change over. The writer puts the disk between the two. The same
+//! it; [`RegistryState::commit`] takes the change over. A command sent again is recognised by its id. The same
 //! commands in the same order give the same state anywhere.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
 
 use shared::hash::ContentHash;
 use shared::id::{AdapterName, TaskName, TenantId};
 use shared::tenant::{TaskPointer, TenantContract, TenantState};
 
 use super::bounds;
-use super::command::{Action, Applied, Command, Event, TenantPatch, TenantSpec};
+use super::command::{Action, Applied, Command, CommandId, Event, Proposal, TenantPatch, TenantSpec};
 use super::error::RegistryError;
 use super::record::{AdapterRecord, TenantRecord, Tombstone};
 use crate::auth::{KeyId, KeyRecord};
@@ -36,6 +38,37 @@ impl Change {
     }
 }
 
+/// What a command did, remembered for the case that it is sent again.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Remembered {
+    /// Which.
+    pub id: CommandId,
+    /// The answer it got; its epoch is the key under which it is kept.
+    pub applied: Applied,
+}
+
+/// The whole state in one piece, for a node that has to catch up.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Image {
+    /// Registry epoch.
+    pub epoch: u64,
+    /// Every tenant.
+    pub tenants: Vec<Arc<TenantRecord>>,
+    /// Every erased tenant.
+    pub tombstones: Vec<Tombstone>,
+    /// The latest commands.
+    pub remembered: Vec<Remembered>,
+}
+
+/// What agreed commands changed, for the file and the readers.
+#[derive(Debug, Default)]
+pub(crate) struct Changes {
+    /// Records, in order.
+    pub(crate) changes: Vec<Change>,
+    /// The answers to keep.
+    pub(crate) remembered: Vec<Remembered>,
+}
+
 /// An accepted command: what to answer and what to keep.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Decision {
@@ -52,7 +85,13 @@ pub struct RegistryState {
     tenants: BTreeMap<TenantId, Arc<TenantRecord>>,
     tombstones: BTreeMap<TenantId, Tombstone>,
     key_owners: BTreeMap<KeyId, TenantId>,
+    /// By the epoch they led to.
+    remembered: BTreeMap<u64, Remembered>,
+    remembered_ids: BTreeMap<CommandId, u64>,
 }
+
+/// Commands remembered: far more than come in while one call may still be tried again.
+pub const REMEMBERED_MAX: u64 = 8192;
 
 type Outcome = Result<(Option<TenantRecord>, Vec<Event>), RegistryError>;
 
@@ -60,15 +99,16 @@ impl RegistryState {
     /// Rebuilds the state from what the store holds. A record older than its tenant's tombstone is dropped.
     pub fn restore(
         epoch: u64,
-        records: impl IntoIterator<Item = TenantRecord>,
+        records: impl IntoIterator<Item = impl Into<Arc<TenantRecord>>>,
         tombstones: impl IntoIterator<Item = Tombstone>,
     ) -> Self {
         let mut state = Self { epoch, ..Self::default() };
         state.tombstones.extend(tombstones.into_iter().map(|tombstone| (tombstone.tenant.clone(), tombstone)));
         for record in records {
+            let record: Arc<TenantRecord> = record.into();
             let erased_in = state.tombstones.get(record.tenant()).map_or(0, |tombstone| tombstone.deleted_epoch);
             if record.created_epoch > erased_in {
-                state.put(Arc::new(record));
+                state.put(record);
             }
         }
         state
@@ -98,6 +138,54 @@ impl RegistryState {
         let events = decision.applied.events.clone();
         self.commit(decision);
         Ok(events)
+    }
+
+    /// The state an image shows.
+    pub fn from_image(image: Image) -> Self {
+        let mut state = Self::restore(image.epoch, image.tenants, image.tombstones);
+        image.remembered.into_iter().for_each(|remembered| state.remember(remembered));
+        state
+    }
+
+    /// All of it in one piece.
+    pub fn image(&self) -> Image {
+        Image {
+            epoch: self.epoch,
+            tenants: self.tenants.values().cloned().collect(),
+            tombstones: self.tombstones.values().cloned().collect(),
+            remembered: self.remembered.values().cloned().collect(),
+        }
+    }
+
+    /// Applies a proposal, once: sent again, it gets its first answer and changes nothing. What changes is added
+    /// to `changes`.
+    ///
+    /// # Errors
+    /// As [`Self::decide`].
+    pub(super) fn apply_once(&mut self, proposal: &Proposal, changes: &mut Changes) -> Result<Applied, RegistryError> {
+        if let Some(before) = self.remembered_ids.get(&proposal.id).and_then(|epoch| self.remembered.get(epoch)) {
+            return Ok(before.applied.clone());
+        }
+        let decision = self.decide(&proposal.command)?;
+        let applied = decision.applied.clone();
+        if let Some(change) = &decision.change {
+            changes.changes.push(change.clone());
+            let remembered = Remembered { id: proposal.id, applied: applied.clone() };
+            changes.remembered.push(remembered.clone());
+            self.remember(remembered);
+        }
+        self.commit(decision);
+        Ok(applied)
+    }
+
+    /// Keeps an answer, and forgets the one that falls out of the window.
+    pub fn remember(&mut self, remembered: Remembered) {
+        let epoch = remembered.applied.epoch;
+        self.remembered_ids.insert(remembered.id, epoch);
+        self.remembered.insert(epoch, remembered);
+        if let Some(old) = epoch.checked_sub(REMEMBERED_MAX).and_then(|epoch| self.remembered.remove(&epoch)) {
+            self.remembered_ids.remove(&old.id);
+        }
     }
 
     /// What `command` would change.
@@ -152,7 +240,9 @@ impl RegistryState {
     }
 
     fn record(&self, tenant: &TenantId) -> Result<&Arc<TenantRecord>, RegistryError> {
-        self.tenants.get(tenant).ok_or_else(|| RegistryError::NotFound { what: "tenant", name: tenant.to_string() })
+        self.tenants
+            .get(tenant)
+            .ok_or_else(|| RegistryError::NotFound { what: "tenant".into(), name: tenant.to_string() })
     }
 
     fn decide_delete(&self, tenant: &TenantId, at_s: u64, epoch: u64) -> Result<Decision, RegistryError> {
@@ -196,18 +286,22 @@ impl RegistryState {
         epoch: u64,
     ) -> Result<TenantRecord, RegistryError> {
         if self.tenants.contains_key(&spec.tenant) {
-            return Err(RegistryError::Exists { what: "tenant", name: spec.tenant.to_string() });
+            return Err(RegistryError::Exists { what: "tenant".into(), name: spec.tenant.to_string() });
         }
         if self.tenants.len() >= bounds::TENANTS_MAX {
             let hint = "delete tenants that are gone, or start another cell";
-            return Err(RegistryError::LimitReached { what: "tenants", max: bounds::TENANTS_MAX, hint });
+            return Err(RegistryError::LimitReached {
+                what: "tenants".into(),
+                max: bounds::TENANTS_MAX,
+                hint: hint.into(),
+            });
         }
         if self.tenants.len() + self.tombstones.len() >= bounds::NAMES_EVER_MAX {
             let hint = "start another cell";
             return Err(RegistryError::LimitReached {
-                what: "tenants and tombstones",
+                what: "tenants and tombstones".into(),
                 max: bounds::NAMES_EVER_MAX,
-                hint,
+                hint: hint.into(),
             });
         }
         bounds::check_spec(spec)?;
@@ -248,15 +342,15 @@ impl RegistryState {
         bounds::check_key(key)?;
         if self.key_owners.contains_key(&key.id) || record.keys.contains_key(&key.id) {
             // Names no owner: it may be another tenant's key.
-            return Err(RegistryError::Exists { what: "API key", name: key.id.to_string() });
+            return Err(RegistryError::Exists { what: "API key".into(), name: key.id.to_string() });
         }
         if record.keys.len() >= bounds::KEYS_MAX {
             let dead = record.keys.values().filter(|old| !old.is_live(key.created_at_s));
             let oldest = dead.min_by_key(|old| (old.created_at_s, old.id)).map(|old| old.id);
             let oldest = oldest.ok_or(RegistryError::LimitReached {
-                what: "live API keys of one tenant",
+                what: "live API keys of one tenant".into(),
                 max: bounds::KEYS_MAX,
-                hint: "revoke one that is no longer used",
+                hint: "revoke one that is no longer used".into(),
             })?;
             record.keys.remove(&oldest);
         }
@@ -317,7 +411,7 @@ fn set_state(record: &mut TenantRecord, state: TenantState) -> Vec<Event> {
 
 fn revoke_key(record: &mut TenantRecord, key_id: KeyId, at_s: u64) -> Result<Vec<Event>, RegistryError> {
     let tenant = record.tenant().clone();
-    let missing = || RegistryError::NotFound { what: "API key", name: key_id.to_string() };
+    let missing = || RegistryError::NotFound { what: "API key".into(), name: key_id.to_string() };
     let key = record.keys.get_mut(&key_id).ok_or_else(missing)?;
     if key.revoked_at_s.is_some() {
         return Ok(Vec::new());
@@ -331,11 +425,11 @@ fn add_version(record: &mut TenantRecord, adapter: &AdapterRecord) -> Result<Vec
     bounds::check_adapter(adapter)?;
     if name.client != *record.tenant() {
         let rule = format!("start it with {}-", record.tenant());
-        return Err(RegistryError::Invalid { field: "version name", found: name.to_string(), rule });
+        return Err(RegistryError::Invalid { field: "version name".into(), found: name.to_string(), rule });
     }
     if !record.contract.bases.contains(&name.base) {
         let rule = "use a base that the contract allows".to_owned();
-        return Err(RegistryError::Invalid { field: "version base", found: name.base.to_string(), rule });
+        return Err(RegistryError::Invalid { field: "version base".into(), found: name.base.to_string(), rule });
     }
     let bound_to = record.contract.versions.get(name).or_else(|| record.retired.get(name));
     if bound_to.is_some_and(|bound| bound != hash) {
@@ -348,11 +442,19 @@ fn add_version(record: &mut TenantRecord, adapter: &AdapterRecord) -> Result<Vec
     }
     if record.adapters.len() >= bounds::VERSIONS_MAX {
         let hint = "remove versions that no task points at";
-        return Err(RegistryError::LimitReached { what: "versions of one tenant", max: bounds::VERSIONS_MAX, hint });
+        return Err(RegistryError::LimitReached {
+            what: "versions of one tenant".into(),
+            max: bounds::VERSIONS_MAX,
+            hint: hint.into(),
+        });
     }
     if bound_to.is_none() && record.adapters.len() + record.retired.len() >= bounds::VERSIONS_EVER_MAX {
         let hint = "continue under another tenant";
-        return Err(RegistryError::LimitReached { what: "versions ever", max: bounds::VERSIONS_EVER_MAX, hint });
+        return Err(RegistryError::LimitReached {
+            what: "versions ever".into(),
+            max: bounds::VERSIONS_EVER_MAX,
+            hint: hint.into(),
+        });
     }
     record.retired.remove(name);
     Arc::make_mut(&mut record.contract).versions.insert(name.clone(), *hash);
@@ -365,7 +467,7 @@ fn remove_version(record: &mut TenantRecord, name: &AdapterName) -> Result<Vec<E
     if let Some((task, _)) = in_use {
         return Err(RegistryError::Conflict(format!("task {task} points at {name}; hint: point it elsewhere first")));
     }
-    let missing = || RegistryError::NotFound { what: "adapter version", name: name.to_string() };
+    let missing = || RegistryError::NotFound { what: "adapter version".into(), name: name.to_string() };
     let adapter = record.adapters.remove(name).ok_or_else(missing)?;
     Arc::make_mut(&mut record.contract).versions.remove(name);
     record.retired.insert(name.clone(), adapter.hash);
@@ -379,7 +481,8 @@ fn point_task(
     version: Option<&AdapterName>,
 ) -> Result<Vec<Event>, RegistryError> {
     check_task_name(task, &record.contract.bases)?;
-    let missing = |name: &AdapterName| RegistryError::NotFound { what: "adapter version", name: name.to_string() };
+    let missing =
+        |name: &AdapterName| RegistryError::NotFound { what: "adapter version".into(), name: name.to_string() };
     let to = match version {
         None => None,
         Some(name) => {
@@ -393,7 +496,11 @@ fn point_task(
     }
     if !tasks.contains_key(task) && tasks.len() >= bounds::TASKS_MAX {
         let hint = "remove tasks that are no longer asked for";
-        return Err(RegistryError::LimitReached { what: "tasks of one tenant", max: bounds::TASKS_MAX, hint });
+        return Err(RegistryError::LimitReached {
+            what: "tasks of one tenant".into(),
+            max: bounds::TASKS_MAX,
+            hint: hint.into(),
+        });
     }
     Arc::make_mut(&mut record.contract).tasks.insert(task.clone(), to);
     Ok(vec![Event::TaskPointed { tenant: record.tenant().clone(), task: task.clone(), version: version.cloned() }])
@@ -401,7 +508,7 @@ fn point_task(
 
 fn remove_task(record: &mut TenantRecord, task: &TaskName) -> Result<Vec<Event>, RegistryError> {
     if Arc::make_mut(&mut record.contract).tasks.remove(task).is_none() {
-        return Err(RegistryError::NotFound { what: "task", name: task.to_string() });
+        return Err(RegistryError::NotFound { what: "task".into(), name: task.to_string() });
     }
     Ok(vec![Event::TaskRemoved { tenant: record.tenant().clone(), task: task.clone() }])
 }

@@ -1,36 +1,31 @@
-//! The registry on disk: one redb file, every batch durable before it is acknowledged.
+//! The registry on disk: one redb file with the log and the state it leads to.
 //!
 //! ```text
 //! registry.lock    held while a process uses the directory
-//! registry.redb    tenants, tombstones, epoch, fingerprint of the cluster key   (mode 0600)
-//! registry.redb.new, .old    only during erasure, see [`Store::scrub`]
+//! registry.redb    see [`tables`]   (mode 0600)
+//! registry.redb.new, .old    only during erasure, see [`Store::scrub_if_due`]
 //! ```
 //!
 //! redb copies on write: a deleted record, and with it a tenant's wrapped key, would linger in free pages.
-//! So after a deletion the live records are copied to a new file, which takes the old one's place, and the
-//! old one is overwritten. A crash at any point is finished at the next start. (Copies below the file
+//! So after a deletion, once the log is compacted beyond it, what is live is copied to a new file, which takes
+//! the old one's place, and the old one is overwritten. A crash at any point is finished at the next start. (Copies below the file
 //! system, such as snapshots and worn flash cells, are beyond its reach: the cluster key protects those.)
 //!
-//! Called by the writer thread only; it blocks. It decides nothing about tenants.
+//! Called by [`super::disk`] only; it blocks. It decides nothing about tenants.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
+use redb::Database;
 
 use shared::hash::ContentHash;
 
-use super::record::{self, RecordError, TenantRecord, Tombstone};
-use super::state::{Change, RegistryState};
+use super::record::RecordError;
 
-const TENANTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("tenants");
-const TOMBSTONES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("tombstones");
-const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
-const EPOCH: &str = "epoch";
-const CLUSTER_KEY: &str = "cluster key fingerprint";
-const SCRUB_PENDING: &str = "scrub pending";
+pub(super) mod tables;
+
 /// The registry is read once at start; a small page cache is enough.
 const CACHE_BYTES: usize = 16 << 20;
 const DB_NAME: &str = "registry.redb";
@@ -51,16 +46,22 @@ pub enum StoreError {
         path: PathBuf,
     },
     /// A record cannot be read.
-    #[error("tenant {tenant}: {source}")]
+    #[error("{what}: {source}")]
     Record {
-        /// Whose.
-        tenant: String,
+        /// Which.
+        what: String,
         /// Why.
         source: RecordError,
     },
     /// The database is damaged or the disk failed.
     #[error("registry database: {0}")]
     Database(Box<redb::Error>),
+    /// A tenant's key does not open with this node's cluster key.
+    #[error("a tenant's key does not open here: {0}; hint: all nodes of a cluster share one cluster.key")]
+    ForeignKey(#[from] shared::seal::SealError),
+    /// Another operation failed before, or the registry is stopping.
+    #[error("the registry's file is closed")]
+    Closed,
     /// The operating system refused.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -73,11 +74,24 @@ pub enum StoreError {
     },
 }
 
-impl<E: Into<redb::Error>> From<E> for StoreError {
-    fn from(error: E) -> Self {
-        Self::Database(Box::new(error.into()))
-    }
+macro_rules! from_redb {
+    ($($error:ty),*) => {$(
+        impl From<$error> for StoreError {
+            fn from(error: $error) -> Self {
+                Self::Database(Box::new(error.into()))
+            }
+        }
+    )*};
 }
+
+from_redb!(
+    redb::DatabaseError,
+    redb::TransactionError,
+    redb::TableError,
+    redb::StorageError,
+    redb::CommitError,
+    redb::SetDurabilityError
+);
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
     let path = path.to_owned();
@@ -87,163 +101,96 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Stor
 /// The database and the directory it holds. Dropping it lets another process in.
 #[derive(Debug)]
 pub struct Store {
-    /// Dropped before the lock.
-    db: Database,
+    /// Dropped before the lock. `None` only while [`Self::scrub_if_due`] replaces the file, and after it failed.
+    db: Option<Database>,
     dir: PathBuf,
-    scrub_pending: bool,
+    /// Erased records may lie in free pages, and in the log up to this entry.
+    scrub_due: Option<u64>,
+    /// Something was written without a sync.
+    unsynced: bool,
     /// `None` only for databases in memory, in tests.
     lock: Option<File>,
 }
 
 impl Store {
-    /// Opens or creates the registry in `dir` and reads all of it. Blocks.
+    /// Opens or creates the registry in `dir`. Blocks.
     ///
     /// # Errors
     /// When another process uses `dir`, the cluster key is another one, or the disk or its content is damaged.
-    pub fn open(dir: &Path, fingerprint: &ContentHash) -> Result<(Self, RegistryState), StoreError> {
+    pub fn open(dir: &Path, fingerprint: &ContentHash) -> Result<Self, StoreError> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(io_error("create", dir))?;
         let lock = take_lock(dir)?;
         finish_interrupted_scrub(dir)?;
         let db = open_database(&dir.join(DB_NAME))?;
-        let (mut store, state) = Self::prepare(db, dir, Some(lock), fingerprint)?;
-        if store.scrub_pending {
-            store = store.scrub()?;
+        let mut store = Self::prepare(db, dir, Some(lock), fingerprint)?;
+        store.scrub_if_due()?;
+        Ok(store)
+    }
+
+    fn prepare(db: Database, dir: &Path, lock: Option<File>, fingerprint: &ContentHash) -> Result<Self, StoreError> {
+        let prepared = tables::prepare(&db, fingerprint.0.as_slice())?;
+        if prepared.other_key {
+            return Err(StoreError::OtherClusterKey { path: dir.join(DB_NAME) });
         }
-        Ok((store, state))
+        Ok(Self { db: Some(db), dir: dir.to_owned(), scrub_due: prepared.scrub_due, unsynced: false, lock })
     }
 
-    fn prepare(
-        db: Database,
-        dir: &Path,
-        lock: Option<File>,
-        fingerprint: &ContentHash,
-    ) -> Result<(Self, RegistryState), StoreError> {
-        let mut store = Self { db, dir: dir.to_owned(), scrub_pending: false, lock };
-        let txn = store.begin()?;
-        {
-            let mut meta = txn.open_table(META)?;
-            let found = meta.get(CLUSTER_KEY)?.map(|value| value.value().to_vec());
-            match found {
-                Some(found) if found != fingerprint.0 => {
-                    return Err(StoreError::OtherClusterKey { path: dir.join(DB_NAME) });
-                }
-                Some(_) => {}
-                None => drop(meta.insert(CLUSTER_KEY, fingerprint.0.as_slice())?),
-            }
-            store.scrub_pending = meta.get(SCRUB_PENDING)?.is_some();
-            txn.open_table(TENANTS)?;
-            txn.open_table(TOMBSTONES)?;
-        }
-        txn.commit()?;
-        let state = store.read()?;
-        Ok((store, state))
+    fn db(&self) -> &Database {
+        self.db.as_ref().expect("a store whose file could not be replaced is dropped by its caller")
     }
 
-    fn begin(&self) -> Result<WriteTransaction, StoreError> {
-        let mut txn = self.db.begin_write()?;
-        txn.set_durability(Durability::Immediate)?;
-        Ok(txn)
+    /// Up to which entry the log must be compacted before an erased key is gone; `None` when all are gone.
+    pub fn scrub_due(&self) -> Option<u64> {
+        self.scrub_due
     }
 
-    fn read(&self) -> Result<RegistryState, StoreError> {
-        let txn = self.db.begin_read()?;
-        let epoch = txn.open_table(META)?.get(EPOCH)?.map_or(0, |value| epoch_of(value.value()));
-        let mut records: Vec<TenantRecord> = Vec::new();
-        for entry in txn.open_table(TENANTS)?.iter()? {
-            let (tenant, bytes) = entry?;
-            records.push(decode(tenant.value(), bytes.value())?);
-        }
-        let mut tombstones: Vec<Tombstone> = Vec::new();
-        for entry in txn.open_table(TOMBSTONES)?.iter()? {
-            let (tenant, bytes) = entry?;
-            tombstones.push(decode(tenant.value(), bytes.value())?);
-        }
-        Ok(RegistryState::restore(epoch, records, tombstones))
+    /// Whether something was written that no sync has followed.
+    pub fn is_unsynced(&self) -> bool {
+        self.unsynced
     }
 
-    /// Makes some changes durable together, and the epoch they lead to. When it returns `Ok` they survive a
-    /// power cut; when it returns `Err` they may or may not: reopen and read.
-    ///
-    /// # Errors
-    /// When the disk fails or is full.
-    pub fn write<'a>(&mut self, changes: impl IntoIterator<Item = &'a Change>, epoch: u64) -> Result<(), StoreError> {
-        let txn = self.begin()?;
-        let mut erases = false;
-        {
-            let mut tenants = txn.open_table(TENANTS)?;
-            let mut tombstones = txn.open_table(TOMBSTONES)?;
-            let mut meta = txn.open_table(META)?;
-            for change in changes {
-                let id = change.tenant().as_str();
-                match change {
-                    Change::Put(record) => drop(tenants.insert(id, record::encode(&**record).as_slice())?),
-                    Change::Delete(tombstone) => {
-                        erases = true;
-                        tenants.remove(id)?;
-                        tombstones.insert(id, record::encode(tombstone).as_slice())?;
-                    }
-                }
-            }
-            meta.insert(EPOCH, epoch.to_le_bytes().as_slice())?;
-            if erases {
-                meta.insert(SCRUB_PENDING, [1_u8].as_slice())?;
-            }
-        }
-        txn.commit()?;
-        self.scrub_pending |= erases;
-        Ok(())
-    }
-
-    /// Whether erased records may still lie in the file's free pages.
-    pub fn scrub_pending(&self) -> bool {
-        self.scrub_pending
-    }
-
-    /// Replaces the file by one that holds only live records, and overwrites the old one. If there is no room
-    /// for the copy, the store goes on as it is and stays [`Self::scrub_pending`].
+    /// Once the log is compacted far enough: replaces the file by one that holds only live records, and overwrites
+    /// the old one. If there is no room for the copy, the store goes on as it is and it stays due.
     ///
     /// # Errors
     /// When the disk fails later; the registry must then be opened again, which finishes the job.
-    pub fn scrub(mut self) -> Result<Self, StoreError> {
+    pub fn scrub_if_due(&mut self) -> Result<(), StoreError> {
+        let Some(due) = self.scrub_due else { return Ok(()) };
+        if self.log_holds(due)? {
+            return Ok(());
+        }
         if self.lock.is_none() {
-            self.scrub_pending = false;
-            return Ok(self);
+            self.scrub_due = None;
+            return Ok(());
         }
         let live = self.dir.join(DB_NAME);
         let (new, old) = (self.dir.join("registry.redb.new"), self.dir.join("registry.redb.old"));
-        if let Err(error) = copy_live_records(&self.db, &new) {
+        if let Err(error) = copy_to(self.db(), &new) {
             tracing::error!(%error, "erased tenants' keys may linger in the registry file; tried again at the next change");
-            wipe(&new)?;
-            return Ok(self);
+            return wipe(&new);
         }
-        let Self { db, dir, lock, .. } = self;
         // redb still writes while it closes, so it closes before the file is overwritten.
-        drop(db);
+        drop(self.db.take());
         fs::hard_link(&live, &old).map_err(io_error("link", &old))?;
         fs::rename(&new, &live).map_err(io_error("replace", &live))?;
-        sync_dir(&dir)?;
+        sync_dir(&self.dir)?;
         wipe(&old)?;
-        let db = open_database(&live)?;
-        Ok(Self { db, dir, scrub_pending: false, lock })
+        self.db = Some(open_database(&live)?);
+        (self.scrub_due, self.unsynced) = (None, false);
+        Ok(())
     }
 
     /// A store over any redb backend, without directory and lock.
     #[cfg(test)]
-    pub(super) fn over(
-        backend: impl redb::StorageBackend,
-        fingerprint: &ContentHash,
-    ) -> Result<(Self, RegistryState), StoreError> {
+    pub(super) fn over(backend: impl redb::StorageBackend, fingerprint: &ContentHash) -> Result<Self, StoreError> {
         let db = redb::Builder::new().create_with_backend(backend)?;
         Self::prepare(db, Path::new("memory"), None, fingerprint)
     }
 }
 
-fn decode<T: serde::de::DeserializeOwned>(tenant: &str, bytes: &[u8]) -> Result<T, StoreError> {
-    record::decode(bytes).map_err(|source| StoreError::Record { tenant: tenant.to_owned(), source })
-}
-
-fn epoch_of(bytes: &[u8]) -> u64 {
-    bytes.try_into().map_or(0, u64::from_le_bytes)
+fn copy_to(from: &Database, path: &Path) -> Result<(), StoreError> {
+    wipe(path)?;
+    tables::copy_live_records(from, &open_database(path)?)
 }
 
 fn take_lock(dir: &Path) -> Result<File, StoreError> {
@@ -266,25 +213,7 @@ fn open_database(path: &Path) -> Result<Database, StoreError> {
     Ok(redb::Builder::new().set_cache_size(CACHE_BYTES).create_with_backend(backend)?)
 }
 
-fn copy_live_records(from: &Database, path: &Path) -> Result<(), StoreError> {
-    wipe(path)?;
-    let to = open_database(path)?;
-    let (read, mut write) = (from.begin_read()?, to.begin_write()?);
-    write.set_durability(Durability::Immediate)?;
-    for table in [TENANTS, TOMBSTONES, META] {
-        let (source, mut target) = (read.open_table(table)?, write.open_table(table)?);
-        for entry in source.iter()? {
-            let (key, value) = entry?;
-            if key.value() != SCRUB_PENDING {
-                target.insert(key.value(), value.value())?;
-            }
-        }
-    }
-    write.commit()?;
-    Ok(())
-}
-
-/// After a crash inside [`Store::scrub`]: the half-made copy and the replaced file are overwritten.
+/// After a crash inside [`Store::scrub_if_due`]: the half-made copy and the replaced file are overwritten.
 fn finish_interrupted_scrub(dir: &Path) -> Result<(), StoreError> {
     wipe(&dir.join("registry.redb.new"))?;
     let (live, old) = (dir.join(DB_NAME), dir.join("registry.redb.old"));

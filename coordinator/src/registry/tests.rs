@@ -1,8 +1,8 @@
-//! Tests of the whole registry: handle, actor, writer, disk.
+//! Tests of the whole registry of one node: handle, actor, keeper, disk.
 
 use ractor::{ActorProcessingErr, SupervisionEvent};
 
-use super::command::Action;
+use super::command::{Action, Applied};
 use super::*;
 use crate::auth::{ApiKey, AuthError, KeyId, Scope};
 use crate::testing::{TestDir, spec};
@@ -175,7 +175,7 @@ impl Actor for Supervisor {
         registry: &mut Registry,
     ) -> Result<(), ActorProcessingErr> {
         let has_ended = matches!(event, SupervisionEvent::ActorTerminated(..) | SupervisionEvent::ActorFailed(..));
-        // With it goes the state of the actor, which holds the writer.
+        // With it goes the state of the actor, which holds the way to the keeper.
         drop(event);
         if has_ended {
             registry.respawn(Some(myself.get_cell())).await?;
@@ -222,13 +222,45 @@ fn a_second_registry_on_the_directory_and_a_lost_cluster_key_are_refused_clearly
     });
 }
 
+/// Before registries were replicated there was no log, and none of its marks.
+#[test]
+fn a_registry_of_the_first_version_is_taken_over() {
+    run(async {
+        let dir = TestDir::new();
+        let registry = open(&dir).await;
+        let created = create(&registry, "acme", 100).await.expect("creates");
+        let record = record::encode(&**registry.snapshot().tenant(&id("acme")).expect("there").record());
+        let fingerprint = registry.secrets().fingerprint();
+        registry.stop().await;
+        std::fs::remove_file(dir.0.join("registry.redb")).expect("removes");
+        let old = redb::Database::create(dir.0.join("registry.redb")).expect("creates");
+        let txn = old.begin_write().expect("begins");
+        {
+            let table = redb::TableDefinition::<&str, &[u8]>::new;
+            let mut tenants = txn.open_table(table("tenants")).expect("opens");
+            tenants.insert("acme", record.as_slice()).expect("inserts");
+            let mut meta = txn.open_table(table("meta")).expect("opens");
+            meta.insert("epoch", 1_u64.to_le_bytes().as_slice()).expect("inserts");
+            meta.insert("cluster key fingerprint", fingerprint.0.as_slice()).expect("inserts");
+            meta.insert("scrub pending", [1_u8].as_slice()).expect("inserts");
+        }
+        txn.commit().expect("commits");
+        drop(old);
+        let registry = open(&dir).await;
+        assert!(registry.snapshot().authenticate(created.key.reveal(), 200).is_ok());
+        assert_eq!(create(&registry, "baker", 100).await.expect("goes on").applied.epoch, 2);
+    });
+}
+
 #[test]
 fn a_tenant_key_that_does_not_open_here_never_reaches_the_disk() {
     run(async {
         let dir = TestDir::new();
         let registry = open(&dir).await;
         let foreign = Secrets::new(ClusterKey::random()).create_tenant(spec("acme"), Vec::new(), 7);
-        assert!(matches!(registry.apply(foreign).await, Err(RegistryError::Invalid { field: "wrapped_key", .. })));
+        assert!(
+            matches!(registry.apply(foreign).await, Err(RegistryError::Invalid { field, .. }) if field == "wrapped_key")
+        );
         registry.stop().await;
         assert_eq!(open(&dir).await.snapshot().n_tenants(), 0);
     });

@@ -137,7 +137,7 @@ fn a_tenant_cannot_register_or_point_at_anothers_version() {
     let mut state = state_with(&["acme", "baker"]);
     assert!(matches!(
         state.apply(&add("acme", "baker-support-smollm2-v1.0.0", "one")),
-        Err(RegistryError::Invalid { field: "version name", .. })
+        Err(RegistryError::Invalid { field, .. }) if field == "version name"
     ));
     state.apply(&add("baker", "baker-support-smollm2-v1.0.0", "one")).expect("adds its own");
     let foreign = state.apply(&point(Some("baker-support-smollm2-v1.0.0"))).expect_err("foreign").to_string();
@@ -149,7 +149,7 @@ fn a_tenant_cannot_register_or_point_at_anothers_version() {
 fn versions_on_bases_outside_the_contract_are_refused() {
     let mut state = state_with(&["acme"]);
     let error = state.apply(&add("acme", "acme-support-llama3-v1.0.0", "one")).expect_err("base not allowed");
-    assert!(matches!(error, RegistryError::Invalid { field: "version base", .. }), "{error}");
+    assert!(matches!(error, RegistryError::Invalid { ref field, .. } if field == "version base"), "{error}");
 }
 
 #[test]
@@ -216,4 +216,35 @@ fn texts_and_numbers_beyond_their_bounds_are_refused_by_name() {
     for (message, named) in cases {
         assert!(message.contains(named), "{message} does not name {named}");
     }
+}
+
+#[test]
+fn a_command_sent_again_is_applied_once_and_gets_its_first_answer() {
+    let mut state = RegistryState::default();
+    let mut changes = Changes::default();
+    let proposal = Proposal { id: CommandId::random(), command: create("acme") };
+    let first = state.apply_once(&proposal, &mut changes).expect("creates");
+    let suspend = Proposal { id: CommandId::random(), command: Action::SuspendTenant { tenant: id("acme") }.into() };
+    let suspended = state.apply_once(&suspend, &mut changes).expect("suspends");
+    let resume = Proposal { id: CommandId::random(), command: Action::ResumeTenant { tenant: id("acme") }.into() };
+    state.apply_once(&resume, &mut changes).expect("resumes");
+    let copy = RegistryState::from_image(state.image());
+    for mut state in [state, copy] {
+        let before = state.clone();
+        assert_eq!(state.apply_once(&proposal, &mut changes).as_ref(), Ok(&first));
+        assert_eq!(state.apply_once(&suspend, &mut changes).as_ref(), Ok(&suspended), "it stays resumed");
+        assert_eq!(state, before);
+    }
+    assert_eq!(changes.changes.len(), 3);
+}
+
+#[test]
+fn only_the_latest_answers_are_kept() {
+    let mut state = RegistryState::default();
+    let answer = |epoch| Remembered { id: CommandId::random(), applied: Applied { epoch, events: Vec::new() } };
+    (1..=REMEMBERED_MAX + 5).for_each(|epoch| state.remember(answer(epoch)));
+    let image = state.image();
+    assert_eq!(image.remembered.len() as u64, REMEMBERED_MAX);
+    assert_eq!(image.remembered[0].applied.epoch, 6);
+    assert_eq!(state.remembered_ids.len() as u64, REMEMBERED_MAX);
 }
