@@ -312,9 +312,14 @@ impl Failover {
         if self.over {
             return Vec::new();
         }
-        if self.challenger.as_ref().is_some_and(|run| is_dead(around.table, &run.node, run.incarnation)) {
-            self.challenger = None;
-        }
+        let dead = |run: &mut Run| is_dead(around.table, &run.node, run.incarnation);
+        let mut commands: Vec<Command> =
+            self.challenger.take_if(dead).map(|run| Command::Cancel(run.attempt)).into_iter().collect();
+        commands.extend(self.on_table_of_current(around));
+        commands
+    }
+
+    fn on_table_of_current(&mut self, around: &mut Around<'_>) -> Vec<Command> {
         let Some(run) = self.current.clone() else { return self.place(around) };
         if is_dead(around.table, &run.node, run.incarnation) {
             return self.on_death(around, &run);
