@@ -6,9 +6,9 @@
 //! | who a key belongs to | [`auth`]: only a snapshot makes an [`auth::AuthedTenant`] | gateway |
 //! | what a `model` field means | [`resolve`] (core) | gateway |
 //! | what a tenant has used of its rates | [`admission`] (core), held by the gateway behind one short lock | gateway |
-//! | who lives, and how much of the ring each node may have | [`membership`] (core) | the routes made from it |
+//! | who lives, and how much of the ring each node may have | [`membership`] (core), held by [`actor::Coordinator`] | the routes made from it |
 //! | which two nodes a tenant belongs to, and which is asked first | [`ring`], [`route`] (cores) | everyone, through [`route::RoutingTable`] |
-//! | what becomes of a request when its node dies, stalls or drains | [`failover`] (core), one per request | whoever carries it |
+//! | what becomes of a request when its node dies, stalls or drains | [`failover`] (core), one per request | [`forward`], which carries it |
 //! | which adapters should be warm before somebody asks | [`prewarm`] (core) | each node's adapter cache |
 //!
 //! The registry is a pure state changed only by commands. A command carries everything that is random or
@@ -28,5 +28,7 @@ pub mod ring;
 pub mod route;
 pub mod failover;
 pub mod prewarm;
+pub mod actor;
+pub mod forward;
 #[cfg(test)]
 mod testing;

@@ -76,6 +76,17 @@ pub struct ClusterView {
     pub members: BTreeMap<NodeId, Member>,
 }
 
+/// How far a view differs from the one before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// Not at all.
+    None,
+    /// Somebody is busier or idler.
+    Load,
+    /// Where requests may go.
+    Placement,
+}
+
 /// This node, in its own words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Own {
@@ -135,7 +146,7 @@ impl Membership {
             peers,
             view: Arc::new(view),
         };
-        membership.renew(now);
+        let _ = membership.renew(now);
         membership
     }
 
@@ -159,13 +170,20 @@ impl Membership {
         }
     }
 
-    /// Says what this node does now; heard by others with the next heartbeat.
-    pub fn say(&mut self, phase: NodePhase, load: NodeLoad) {
-        self.own = Own { phase, load, ..self.own };
+    /// Every other node of the configuration.
+    pub fn peers(&self) -> impl Iterator<Item = &NodeId> {
+        self.peers.keys()
     }
 
-    /// Lets time pass and renews the view. True when something changed, be it only a load.
-    pub fn on_tick(&mut self, now: Instant) -> bool {
+    /// Says what this node does now; heard by others with the next heartbeat. True when the phase changed.
+    pub fn say(&mut self, phase: NodePhase, load: NodeLoad) -> bool {
+        let changed = self.own.phase != phase;
+        self.own = Own { phase, load, ..self.own };
+        changed
+    }
+
+    /// Lets time pass and renews the view.
+    pub fn on_tick(&mut self, now: Instant) -> Change {
         let gap = now.saturating_duration_since(self.ticked_at);
         self.ticked_at = now;
         let slept = gap > self.rules.interval * self.rules.suspect_missed;
@@ -196,21 +214,26 @@ impl Membership {
         }
     }
 
-    fn renew(&mut self, now: Instant) -> bool {
+    fn renew(&mut self, now: Instant) -> Change {
         let oldest = self.uptimes(now).max().unwrap_or_default();
         let members: BTreeMap<NodeId, Member> = self.members(now, oldest).collect();
         if members == self.view.members {
-            return false;
+            return Change::None;
         }
-        let placement = |member: &Member| {
+        let old = &self.view.members;
+        // Suspicion comes and goes; it moves nobody's home.
+        let serves = |member: &Member| {
             let serves = matches!(member.health, Health::Alive | Health::Suspect) && member.phase == NodePhase::Serving;
             (serves, member.share, member.incarnation)
         };
-        if !members.values().map(placement).eq(self.view.members.values().map(placement)) {
+        if !members.values().map(serves).eq(old.values().map(serves)) {
             self.epoch = self.epoch.max(self.epoch_heard) + 1;
         }
+        let opens = |member: &Member| (member.health, member.phase, member.share, member.incarnation);
+        let same = members.values().map(opens).eq(old.values().map(opens));
+        let change = if same { Change::Load } else { Change::Placement };
         self.view = Arc::new(ClusterView { epoch: self.epoch, me: self.me.id.clone(), members });
-        true
+        change
     }
 
     fn members(&self, now: Instant, oldest: Duration) -> impl Iterator<Item = (NodeId, Member)> {

@@ -117,7 +117,7 @@ fn draining_is_seen_within_one_heartbeat_and_raises_the_epoch() {
     world.run(2000);
     let epoch = world.epoch(0);
     let node = world.nodes.get_mut(&id(1)).expect("runs");
-    node.say(NodePhase::Draining, NodeLoad::default());
+    assert!(node.say(NodePhase::Draining, NodeLoad::default()));
     world.run(100);
     assert!(!world.seen(0, 1).takes_requests());
     assert!(world.epoch(0) > epoch);
