@@ -123,6 +123,7 @@ fn crates_import_only_downwards() {
             &["shared", "wire", "peer", "client", "kernels", "coordinator", "model", "scheduler", "queue", "adapters"],
         ),
         ("bench", &["shared"]),
+        ("sim", &["shared", "wire", "coordinator"]),
         (
             "tests",
             &[
