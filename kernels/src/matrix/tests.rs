@@ -182,3 +182,53 @@ fn a_packed_matrix_comes_back_from_a_mapped_file_with_equal_values() {
         std::fs::remove_file(name).unwrap();
     }
 }
+
+/// FNV-1a, 64 bits.
+fn fingerprint(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// Copies of bases outlive programs: one that packs the same weights into other bytes must have another version, or it
+/// would read an older copy as its own.
+#[test]
+fn the_packed_bytes_are_those_of_the_layout_version() {
+    let (n_out, n_in) = (21, 512);
+    let numbers: Vec<f32> = (0..n_out * n_in).map(|i| (i % 251) as f32 - 125.0).collect();
+    let halves: Vec<f16> = numbers.iter().map(|&number| f16::from_f32(number)).collect();
+    let brains: Vec<bf16> = numbers.iter().map(|&number| bf16::from_f32(number)).collect();
+    let mut matrices = vec![
+        Matrix::from_f32(n_out, n_in, &numbers, None).unwrap(),
+        Matrix::from_f16(n_out, n_in, &halves, None).unwrap(),
+        Matrix::from_bf16(n_out, n_in, &brains, None).unwrap(),
+    ];
+    for kind in BlockType::ALL {
+        let n = n_out * n_in / kind.block_len() * kind.block_bytes();
+        // Every byte below 0x3c: any two of them are a finite f16.
+        let bytes: Vec<u8> = (0..n).map(|i| (i * 37 % 59) as u8).collect();
+        matrices.push(Matrix::from_blocks(n_out, n_in, kind, &bytes, None).unwrap());
+    }
+    let found = matrices.iter().map(|matrix| {
+        let mut bytes = Vec::new();
+        matrix.write_packed(&mut bytes).unwrap();
+        fingerprint(&bytes)
+    });
+    // Other numbers here ask for another version.
+    assert_eq!((PACKED_LAYOUT, found.collect::<Vec<_>>()), (1, PACKED_BYTES.to_vec()));
+}
+
+/// Of f32, f16, bf16 and the block types in their order.
+const PACKED_BYTES: [u64; 13] = [
+    0x21ec_62e2_2164_74ca,
+    0x4da3_bb9a_2ef6_cbb4,
+    0x46d4_3294_991d_abc0,
+    0x95ca_a2d6_3c7a_1409,
+    0x4513_ede3_f12d_0b95,
+    0x1400_7223_e183_8246,
+    0xb7e3_a59d_b747_662b,
+    0x25ea_9f25_81b9_ed38,
+    0x9e99_f87d_77c9_0acb,
+    0x8bf7_34ac_e48a_3ff7,
+    0xfa2a_f08f_5a1c_24a6,
+    0x5d80_ea71_4168_0558,
+    0x614e_bc10_df8c_7a39,
+];
