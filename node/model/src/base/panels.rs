@@ -4,6 +4,7 @@
 //! The file is named by the content hash of the model and the version of the packed layout, so it is never out of date.
 //! Its own hash stands at its end and is checked before anything is used. It is written beside its name and renamed,
 //! and never changed. A copy that is missing, damaged or cannot be written costs the time of packing, nothing else.
+//! Whoever writes a copy removes what an earlier program left: copies of older layouts and half-written ones.
 //!
 //! Layout, all in lines of 64 bytes: a header (magic, layout version, model hash), the matrices in the order in which
 //! they are read, a last line with the BLAKE3 hash of everything before it.
@@ -12,6 +13,7 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use kernels::mapping::Mapping;
 use kernels::matrix::{Matrix, PACKED_LAYOUT};
@@ -23,6 +25,8 @@ use crate::weights::Weights;
 
 const MAGIC: &[u8; 8] = b"TNTPANEL";
 const LINE: usize = 64;
+/// A half-written copy that nobody has written to for so long is nobody's: a line is written every few milliseconds.
+const ABANDONED_AFTER: Duration = Duration::from_secs(600);
 
 /// Reads all weights with `read`, from the packed copy in `folder` if there is a good one; else packs them, leaves a
 /// copy and reads that.
@@ -40,14 +44,18 @@ pub(crate) fn weights<S: TensorSource>(
     };
     let path = folder.join(format!("{hash}-{PACKED_LAYOUT}.panels"));
     if let Some(copy) = open(&path, hash) {
-        return read(&mut PanelSource { inner: source, copy });
+        match read(&mut PanelSource { inner: source, copy }) {
+            Ok(weights) => return Ok(weights),
+            // What is wrong with the model itself shows again below.
+            Err(error) => drop(unusable(&path, &error)),
+        }
     }
     let mut packing = PanelSource { inner: source, copy: Copy::create(folder, &path, hash) };
     let packed = read(&mut packing)?;
     let written = packing.finish();
     match written.then(|| open(&path, hash)).flatten() {
         // This process too lives on the shared copy.
-        Some(copy) => read(&mut PanelSource { inner: source, copy }),
+        Some(copy) => Ok(read(&mut PanelSource { inner: source, copy }).unwrap_or(packed)),
         None => Ok(packed),
     }
 }
@@ -136,7 +144,10 @@ impl Copy {
             Ok(out)
         };
         match start() {
-            Ok(out) => Self::Writing(Box::new(Writer { out, temporary, path: path.to_owned() })),
+            Ok(out) => {
+                remove_leftovers(folder, &temporary);
+                Self::Writing(Box::new(Writer { out, temporary, path: path.to_owned() }))
+            }
             Err(error) => {
                 tracing::warn!(file = %path.display(), %error, "the packed copy of the base model cannot be written");
                 Self::None
@@ -153,6 +164,28 @@ impl Writer {
         let file = self.out.out.into_inner().map_err(io::IntoInnerError::into_error)?;
         file.sync_all()?;
         std::fs::rename(&self.temporary, &self.path)
+    }
+}
+
+/// Removes copies of older layouts and abandoned half-written ones. `fresh` was just written to: its time is now.
+fn remove_leftovers(folder: &Path, fresh: &Path) {
+    let modified = |path: &Path| path.metadata().and_then(|facts| facts.modified());
+    let now = modified(fresh).unwrap_or(SystemTime::UNIX_EPOCH);
+    for path in std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()) {
+        let stem = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.rsplit_once('-'));
+        let number = stem.and_then(|(_, number)| number.parse::<u32>().ok());
+        let is_old = match path.extension().and_then(|extension| extension.to_str()) {
+            Some("panels") => number.is_some_and(|layout| layout < PACKED_LAYOUT),
+            Some("tmp") => {
+                let idle = modified(&path).ok().and_then(|then| now.duration_since(then).ok());
+                number.is_some() && idle.is_some_and(|idle| idle > ABANDONED_AFTER)
+            }
+            _ => false,
+        };
+        if is_old {
+            let removed = std::fs::remove_file(&path);
+            tracing::info!(file = %path.display(), ok = removed.is_ok(), "left-over packed copy removed");
+        }
     }
 }
 

@@ -397,6 +397,41 @@ fn a_packed_copy_gives_the_same_weights_and_is_renewed_when_damaged() {
         assert_eq!(all_rows(&load(Some(&panels))), expected, "{} bytes", damaged.len());
         assert_eq!(std::fs::read(&copy).expect("a file"), good, "renewed");
     }
+    // A program with the same layout version that wrote another shape: the hash is right.
+    let mut foreign = good.clone();
+    foreign[64 + 8] ^= 1;
+    let body = foreign.len() - 64;
+    let hash = blake3::hash(&foreign[..body]);
+    foreign[body..body + 32].copy_from_slice(hash.as_bytes());
+    std::fs::write(folder.0.join("damaged"), foreign).expect("writable");
+    std::fs::rename(folder.0.join("damaged"), &copy).expect("same disk");
+    assert_eq!(all_rows(&load(Some(&panels))), expected, "another shape under a right hash");
+    assert_eq!(std::fs::read(&copy).expect("a file"), good, "renewed");
     let no_folder = folder.write("a-file", "");
     assert_eq!(all_rows(&load(Some(&no_folder))), expected, "a copy that cannot be written is done without");
+}
+
+#[test]
+fn what_earlier_programs_left_beside_a_packed_copy_is_removed() {
+    let folder = Folder::new("leftovers");
+    let mut file = gguf_head("llama");
+    gguf_tensors(&mut file, "llama", "");
+    let model = folder.write("model.gguf", file.finish());
+    let panels = folder.0.join("panels");
+    std::fs::create_dir(&panels).expect("writable");
+    let put = |name: &str| std::fs::File::create(panels.join(name)).expect("writable");
+    let [older, newer, being_written, foreign] = ["aa-0.panels", "aa-4000000000.panels", "aa-7.tmp", "notes.tmp"];
+    for kept in [older, newer, being_written, foreign] {
+        put(kept);
+    }
+    for abandoned in ["aa-8.tmp", "aa-9.tmp"] {
+        put(abandoned).set_modified(std::time::SystemTime::UNIX_EPOCH).expect("own file");
+    }
+    BaseModel::load_shared(&model, Numerics::Exact, Some(&panels)).expect("loads");
+    let entries = std::fs::read_dir(&panels).expect("a folder");
+    let mut left: Vec<String> =
+        entries.map(|entry| entry.expect("an entry").file_name().into_string().expect("ASCII")).collect();
+    left.sort();
+    left.retain(|name| name.starts_with("aa-") || name == foreign);
+    assert_eq!(left, [newer, being_written, foreign]);
 }
