@@ -5,6 +5,8 @@
 //! cargo run --release -p kernels --example limits -- [threads] [avx2|avx2-vnni|avx512]
 //! ```
 //!
+//! `cargo bench --bench limits` runs it too.
+//!
 //! One row is held against the bandwidth of memory, with weights in rotation so that no cache holds them; more rows
 //! against the int8 peak, attention and adapters with one row each against both. The best of several rounds counts,
 //! because the machine may be shared.
@@ -24,8 +26,9 @@ use kernels::pool::Pool;
 const COLD_BYTES: usize = 128 << 20;
 const ROUNDS: usize = 7;
 
-fn main() {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+pub(crate) fn main() {
+    // Cargo gives benches options of its own.
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
     let threads = arguments.first().map_or(2, |text| text.parse().expect("threads"));
     let chosen = match arguments.get(1).map(String::as_str) {
         None => backend::detect(),
