@@ -201,26 +201,25 @@ unsafe fn mix<S: Simd, const K: u8, const T: usize, const D: usize>(
     // Positions of all queries together, then each query's own rest: a later position must not reach an earlier row.
     let common = limits[0];
     assert!(limits[T - 1] <= stride && probabilities.len() >= T * stride);
+    let rows: [_; T] = std::array::from_fn(|t| probabilities[t * stride..].as_ptr());
     // SAFETY: slots and dimensions lie inside the value blocks, the last vector ends with them; positions are below
     // each query's limit, so inside its `stride` values; the unit owns the columns it writes.
     unsafe {
         let mut acc = [[S::splat(0.0); D]; T];
         for first in (0..common).step_by(PAGE_TOKENS) {
-            let base = unit.blocks.values(unit.pages[first / PAGE_TOKENS]);
-            let ahead = match next {
-                Some((blocks, pages)) if first / PAGE_TOKENS < pages.len() => blocks.keys(pages[first / PAGE_TOKENS]),
-                _ => std::ptr::null(),
-            };
-            for slot in 0..(common - first).min(PAGE_TOKENS) {
-                if !ahead.is_null() {
-                    // As many bytes of the next unit's keys as of these values.
-                    for line in 0..(head_dim * bytes::<K>()).div_ceil(LINE) {
-                        prefetch(ahead.wrapping_add(slot * head_dim * bytes::<K>() + line * LINE));
-                    }
+            let page = first / PAGE_TOKENS;
+            if let Some((blocks, pages)) = next
+                && page < pages.len()
+            {
+                for line in 0..blocks.half_bytes / LINE {
+                    prefetch(blocks.keys(pages[page]).wrapping_add(line * LINE));
                 }
+            }
+            let base = unit.blocks.values(unit.pages[page]);
+            for slot in 0..(common - first).min(PAGE_TOKENS) {
                 let v = row::<S, K, D>(base, slot * head_dim + d, last);
                 for t in 0..T {
-                    let probability = S::splat(*probabilities.get_unchecked(t * stride + first + slot));
+                    let probability = S::splat(*rows[t].add(first + slot));
                     for i in 0..D {
                         acc[t][i] = S::mul_add(probability, v[i], acc[t][i]);
                     }
@@ -231,7 +230,7 @@ unsafe fn mix<S: Simd, const K: u8, const T: usize, const D: usize>(
             for position in common..limits[t] {
                 let base = unit.blocks.values(unit.pages[position / PAGE_TOKENS]);
                 let v = row::<S, K, D>(base, position % PAGE_TOKENS * head_dim + d, last);
-                let probability = S::splat(probabilities[t * stride + position]);
+                let probability = S::splat(*rows[t].add(position));
                 for i in 0..D {
                     acc[t][i] = S::mul_add(probability, v[i], acc[t][i]);
                 }
