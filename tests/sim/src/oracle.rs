@@ -60,7 +60,7 @@ pub struct Report {
     pub entry_died: usize,
     /// Runs beyond the first of each request.
     pub migrations: usize,
-    /// Longest pause between two tokens of an answered request.
+    /// Longest pause between two tokens at a client whose entry node reached others.
     pub gap_max: Duration,
     /// Everything that must not be.
     pub violations: Vec<String>,
