@@ -31,6 +31,7 @@ pub mod pool;
 pub mod peak;
 mod aligned;
 pub mod mapping;
+pub mod memory;
 mod simd;
 pub mod matrix;
 pub mod matmul;

@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use model::adapter::AdapterFiles;
 use parking_lot::Mutex;
 use shared::adapter::{AdapterId, AdapterRef};
 use shared::error::{ErrorKind, RequestError};
@@ -299,7 +300,7 @@ fn read_object(
     }
     let content_bytes = usize::try_from(opener.content_bytes()).map_err(|_| damaged("length"))?;
     // Each tag lies where the next segment goes. Wiped on every way out.
-    let mut content = Zeroizing::new(vec![0_u8; content_bytes + TAG_BYTES]);
+    let mut content = Zeroizing::new(AdapterFiles::buffer(content_bytes + TAG_BYTES));
     for at in (0..content_bytes).step_by(SEGMENT_BYTES) {
         let end = (at + SEGMENT_BYTES).min(content_bytes) + TAG_BYTES;
         let segment = &mut content[at..end];
