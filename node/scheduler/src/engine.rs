@@ -65,7 +65,7 @@ impl EngineConfig {
             context,
             sequences_max: 64,
             prefill_rows_max: 128,
-            prefill_stretch: 1.0,
+            prefill_stretch: 0.8,
             logits_rows_max: 64,
             reserve: ClassReserve { shares: [0.0; 3], delay_max: Duration::from_millis(50) },
             prefix_cache: true,
