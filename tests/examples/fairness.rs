@@ -2,7 +2,10 @@
 //! to its neighbours, and what a reserved class notices. Prints figures; decides nothing.
 //!
 //! `cargo run --release -p tests --example fairness -- shares|flood|reserve [pairs] [seconds]`, with
-//! `TENANTRY_BIN` naming the program to measure. Quiet machine, please: load from elsewhere shows up as noise.
+//! `TENANTRY_BIN` naming the program to measure. Quiet machine, please: load from elsewhere shows up as noise. The
+//! first second of every run is not counted, nor is the first run. `THREADS` sets the node's compute threads (with one,
+//! node and clients can have a core each: `taskset`); `PAIRS` names a file of ratios that runs are added to, so that many
+//! pairs can be measured in pieces.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,6 +16,8 @@ use serde_json::{Value, json};
 use shared::clock::{Clock, SystemClock};
 use tests::process::{NodeProcess, NodeSpec, scratch};
 
+/// Start of a run that is not counted: its clients all begin at once.
+const WARM_UP: Duration = Duration::from_secs(1);
 const QUESTION: &str = "Please tell me in a few words where my order is and when it will arrive at my house.";
 
 /// Times seen by one client group.
@@ -58,6 +63,7 @@ fn drive(
     let stop = AtomicBool::new(false);
     let seen: BTreeMap<String, Arc<Mutex<Seen>>> =
         clients.keys().map(|tenant| (tenant.clone(), Arc::default())).collect();
+    let counted_from = now() + WARM_UP;
     std::thread::scope(|scope| {
         for (tenant, (key, n_clients)) in clients {
             for client in 0..*n_clients {
@@ -66,8 +72,12 @@ fn drive(
                     let mut mine = Seen::default();
                     let mut round = client * 1_000_000;
                     while !stop.load(Ordering::Relaxed) {
+                        let early = now() < counted_from;
                         ask(node, key, max_tokens, round, &mut mine);
                         round += 1;
+                        if early {
+                            mine = Seen::default();
+                        }
                     }
                     let mut all = seen.lock().expect("no client panicked");
                     all.first_token_ms.extend(mine.first_token_ms);
@@ -76,7 +86,7 @@ fn drive(
                 });
             }
         }
-        std::thread::sleep(Duration::from_secs(seconds));
+        std::thread::sleep(WARM_UP + Duration::from_secs(seconds));
         stop.store(true, Ordering::Relaxed);
     });
     seen.into_iter()
@@ -91,7 +101,9 @@ fn percentile(values: &[f64], p: f64) -> f64 {
 }
 
 fn node(tables: &str) -> NodeProcess {
-    NodeProcess::start(&scratch("fairness"), &NodeSpec::real().with(tables))
+    let threads = std::env::var("THREADS").unwrap_or_else(|_| "0".to_owned());
+    let engine = format!("[engine]\nthreads = {threads}\n");
+    NodeProcess::start(&scratch("fairness"), &NodeSpec::real().with(&tables.replace("[engine]\n", &engine)))
 }
 
 const OPEN_LIMITS: [&str; 8] = [
@@ -149,16 +161,17 @@ fn shares(weights: &[u32], seconds: u64) {
 
 /// Ratios of the neighbours' times between two set-ups, run in turn.
 fn compare(name: &str, pairs: usize, mut run: impl FnMut(bool) -> Seen) {
-    let mut ratios: [Vec<f64>; 3] = Default::default();
+    let earlier = std::env::var("PAIRS").map(|path| std::fs::read_to_string(path).unwrap_or_default());
+    let mut lines: Vec<String> = earlier.unwrap_or_default().lines().map(str::to_owned).collect();
+    run(false);
     for pair in 0..pairs {
         let (base, other) = (run(false), run(true));
         let of = |seen: &Seen| {
             [percentile(&seen.first_token_ms, 0.95), percentile(&seen.gap_ms, 0.95), percentile(&seen.gap_ms, 0.5)]
         };
         let (base_ms, other_ms) = (of(&base), of(&other));
-        for metric in 0..3 {
-            ratios[metric].push(other_ms[metric] / base_ms[metric]);
-        }
+        let ratios: Vec<String> = (0..3).map(|metric| (other_ms[metric] / base_ms[metric]).to_string()).collect();
+        lines.push(ratios.join(" "));
         println!(
             "  pair {pair}: p95 TTFT {:.0} -> {:.0} ms, p95 gap {:.1} -> {:.1} ms, p50 gap {:.1} -> {:.1} ms, requests {} -> {}",
             base_ms[0],
@@ -171,16 +184,32 @@ fn compare(name: &str, pairs: usize, mut run: impl FnMut(bool) -> Seen) {
             other.n_requests
         );
     }
-    for (metric, ratios) in ["p95 TTFT", "p95 gap", "p50 gap"].iter().zip(&mut ratios) {
-        ratios.sort_by(f64::total_cmp);
-        // Ninth of ten: above the median with 98.9 % confidence (binomial).
-        let bound = ratios[(ratios.len() * 9 / 10).max(1) - 1];
-        println!(
-            "{name}: {metric} ratio median {:.3}, upper bound {bound:.3} ({} pairs)",
-            ratios[ratios.len() / 2],
-            ratios.len()
-        );
+    if let Ok(path) = std::env::var("PAIRS") {
+        std::fs::write(path, lines.join("\n") + "\n").expect("write the ratios");
     }
+    for (metric, what) in ["p95 TTFT", "p95 gap", "p50 gap"].into_iter().enumerate() {
+        let ratio = |line: &String| line.split(' ').nth(metric)?.parse().ok();
+        let mut ratios: Vec<f64> = lines.iter().filter_map(ratio).collect();
+        ratios.sort_by(f64::total_cmp);
+        let (median, bound) = (percentile(&ratios, 0.5), ratios[median_bound_rank(ratios.len()) - 1]);
+        println!("{name}: {what} ratio median {median:.3}, upper bound {bound:.3} ({} pairs)", ratios.len());
+    }
+}
+
+/// The least rank whose value lies above the median with at least 95 % confidence (binomial): the ninth of ten; the
+/// largest where there are too few.
+fn median_bound_rank(n: usize) -> usize {
+    let mut ways = 1.0;
+    let mut above = 0.0;
+    // From the largest down: the chance that so many of n values or more lie below the median.
+    for rank in (1..=n).rev() {
+        above += ways * 0.5_f64.powi(n as i32);
+        if above > 0.05 {
+            return (rank + 1).min(n);
+        }
+        ways *= rank as f64 / (n - rank + 1) as f64;
+    }
+    n
 }
 
 fn joined(mut seen: BTreeMap<String, Seen>, leave_out: &str) -> Seen {
