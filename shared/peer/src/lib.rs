@@ -1,6 +1,24 @@
 //! Node to node over QUIC: who a peer is (certificates of the cluster's own CA), connections, exchanges.
 //!
 //! Knows messages ([`wire`]) but no policy: whom to call, what to retry and who owns a tenant is decided by the
-//! coordinator and the node.
+//! coordinator and the node. Reading order: [`pki`] (who is who), [`endpoint`] (sockets and their bounds), [`net`]
+//! (asking others), [`serve`] (being asked), [`refusal`] (who was turned away).
+//!
+//! Every node dials every other and asks on the connection it dialled; what it accepts it only serves. So no two
+//! ends have to agree which connection of two to keep, at the price of two keep-alives per pair.
 
 #![forbid(unsafe_code)]
+
+pub mod pki;
+mod tls;
+pub mod endpoint;
+mod stream;
+pub mod net;
+pub mod serve;
+pub mod refusal;
+
+pub use endpoint::EndpointParts;
+pub use net::{Exchange, PeerError, PeerNet, PeerNetConfig};
+pub use pki::{Ca, Identity};
+pub use refusal::{Refusal, Refusals};
+pub use serve::{EventSink, PeerService, serve};

@@ -17,7 +17,7 @@ use shared::id::RequestId;
 use crate::frame::{Frame, FrameError, Kind};
 use crate::message::{self as m, Body, read, write};
 use crate::node::{
-    Answer, Hello, JournalDelta, JournalRecord, Message, Progress, Request, Response, ServedBase, Start,
+    Answer, Hello, JournalDelta, JournalRecord, Message, Opening, Progress, Request, Response, ServedBase, Start,
 };
 
 /// Nodes a redirect may name.
@@ -297,6 +297,36 @@ impl Message for Response {
             _ => return Err(unexpected(frame)),
         })
     }
+}
+
+impl Message for Opening {
+    const KINDS: &'static [Kind] =
+        &concat::<{ Start::KINDS.len() + Request::KINDS.len() }>(Start::KINDS, Request::KINDS);
+
+    fn encode(&self, now: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
+        match self {
+            Self::Start(start) => start.encode(now, out),
+            Self::Request(request) => request.encode(now, out),
+        }
+    }
+
+    fn decode(frame: &Frame, now: Instant) -> Result<Self, FrameError> {
+        if frame.kind.id == m::Start::KIND.id {
+            return Ok(Self::Start(Box::new(Start::decode(frame, now)?)));
+        }
+        Ok(Self::Request(Request::decode(frame, now)?))
+    }
+}
+
+/// The kinds of both.
+const fn concat<const N: usize>(first: &[Kind], second: &[Kind]) -> [Kind; N] {
+    let mut all = [first[0]; N];
+    let mut at = 0;
+    while at < N {
+        all[at] = if at < first.len() { first[at] } else { second[at - first.len()] };
+        at += 1;
+    }
+    all
 }
 
 fn record_to_wire(record: &JournalRecord, now: Instant) -> m::JournalRecord {

@@ -191,6 +191,15 @@ pub struct Progress {
     pub n_tokens: u64,
 }
 
+/// The first and only frame that a node sends on a stream it opened.
+#[derive(Debug, Clone)]
+pub enum Opening {
+    /// Work.
+    Start(Box<Start>),
+    /// A call.
+    Request(Request),
+}
+
 /// What has frames.
 pub trait Message: Sized {
     /// The frame types it comes in.

@@ -124,6 +124,7 @@ fn crates_import_only_downwards() {
         ),
         ("bench", &["shared"]),
         ("sim", &["shared", "wire", "coordinator"]),
+        ("simnet", &[]),
         (
             "tests",
             &[

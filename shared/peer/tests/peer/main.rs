@@ -1,0 +1,8 @@
+//! Nodes that talk to each other, over loopback and over a simulated network; and those that are not let in.
+
+mod fixture;
+mod joining;
+mod hostile;
+mod killed;
+mod simulated;
+mod talking;
