@@ -2,7 +2,7 @@
 //!
 //! The only crate that derives `rkyv`. No sockets, no clock: bytes in, vocabulary out, and the other way round.
 //! Reading order: [`frame`] (the header every frame starts with), [`node`] (what nodes say, as vocabulary),
-//! `message` and `convert` (the same as bytes).
+//! `message` and `convert` (the same as bytes), [`client`] (what clients and nodes say: fixed layouts, no `rkyv`).
 //!
 //! # Versions
 //!
@@ -19,6 +19,7 @@ pub mod frame;
 pub mod node;
 mod message;
 mod convert;
+pub mod client;
 
 pub use frame::{Decoder, Frame, FrameError};
 
