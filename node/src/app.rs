@@ -4,6 +4,7 @@
 //! the registry's published snapshot, rates from one short lock, turns from the queue's.
 
 mod encode;
+pub mod serve;
 mod change;
 pub mod upload;
 
@@ -18,19 +19,15 @@ use coordinator::auth::{AuthError, AuthedTenant, Scope};
 use coordinator::registry::Registry;
 use coordinator::resolve::{Target, resolve, visible_models};
 use parking_lot::Mutex;
-use queue::{Item, Ticket};
-use scheduler::source::CancelFlag;
-use shared::adapter::Residency;
 use shared::clock::Clock;
 use shared::config::{ClusterConfig, NodeConfig};
 use shared::error::{ErrorKind, RequestError};
 use shared::id::{BaseName, Route, TenantId};
-use shared::request::{Envelope, Generation};
+use shared::request::{Emitted, Envelope, Generation};
 use shared::tenant::TenantContract;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, watch};
 
 use crate::base_room::BaseRoom;
-use crate::engine_source::Payload;
 use crate::gateway::backend::{
     Backend, CancelOnDrop, Check, Events, ModelCard, Prepared, RateState, Refused, Running, Served,
 };
@@ -38,9 +35,6 @@ use crate::metering::Tap;
 use crate::metering::journal::Journal;
 use crate::metrics;
 
-/// Events of one request that may wait for its reader: some seconds of the fastest stream. A full channel
-/// parks the request in the engine.
-const EVENTS_WAITING_MAX: usize = 256;
 /// Long inputs encoded at once: each may take 0.7 s of a core and 140 MB for 1 MiB of text.
 const ENCODING_AT_ONCE: usize = 2;
 
@@ -175,7 +169,8 @@ impl App {
         })
     }
 
-    fn check_open(&self) -> Result<(), RequestError> {
+    /// Whether new requests may come in.
+    pub(crate) fn check_open(&self) -> Result<(), RequestError> {
         let wait = Duration::from_secs(1);
         if self.is_draining() {
             let message = "this node is stopping; hint: retry, another node will answer";
@@ -201,11 +196,11 @@ impl App {
         let room = Arc::clone(self.room(&target.base)?);
 
         // What exactly is to be generated? Template, tokenizer, context, vocabulary, grammar.
-        let mut encoded = encode::encode(&room, &contract.tenant, &mut request, &self.encoding).await?;
+        let mut generation = encode::encode(&room, &contract.tenant, &mut request, &self.encoding).await?;
         if request.max_tokens.is_none() {
-            encoded.clamp_answer(contract.limits.tokens_per_minute);
+            encode::clamp_answer(&mut generation, contract.limits.tokens_per_minute);
         }
-        let generation = Arc::new(encoded.generation);
+        let generation = Arc::new(generation);
 
         // Rates. Everything taken here is given back if a later step refuses.
         let demand = Demand {
@@ -216,35 +211,18 @@ impl App {
         let now = self.clock.now();
         let admitted = self.admission.lock().admit(&contract, demand, now).map_err(refused)?;
 
+        let reserved = Reserved::new(&self.admission, admitted.reservation);
+
         // Whose turn? The queue answers at once: waiting, or 429.
         let envelope = Arc::new(self.envelope(who, &contract, &target, &request, Arc::clone(&generation), now));
-        let (sink, receiver) = mpsc::channel(EVENTS_WAITING_MAX);
-        let cancel = CancelFlag::default();
-        let payload = Payload {
-            envelope: Arc::clone(&envelope),
-            grammar: encoded.grammar,
-            sink,
-            cancel: cancel.clone(),
-            fallback: contract.fallback,
-        };
-        let adapter_hit =
-            envelope.adapter.as_ref().map(|pin| room.cache.residency(&pin.adapter().id()) == Residency::Ready);
-        let ticket = match room.queue.submit(now, Item::of(&envelope), payload) {
-            Ok(ticket) => ticket,
-            Err(error) => {
-                self.admission.lock().undo(admitted.reservation);
-                return Err(Refused { error: error.into(), rate: Some(rate_state(admitted.rate)) });
-            }
+        let serving = match self.serve(Arc::clone(&envelope), Emitted::default(), 0).await {
+            Ok(serving) => serving,
+            Err(error) => return Err(Refused { error, rate: Some(rate_state(admitted.rate)) }),
         };
 
-        // Its weights are fetched while it waits.
-        if let Some(pin) = &envelope.adapter {
-            room.cache.want(&pin.adapter(), envelope.deadline);
-        }
-
-        let tap = self.tap(who, &contract, &envelope, adapter_hit, admitted.reservation);
-        let events = Events::new(receiver, Box::new(tap)).until(self.stop.subscribe());
-        Ok(running(&room, request, &envelope, events, admitted.rate, (ticket, cancel)))
+        let tap = self.tap(who, &contract, &envelope, reserved.keep());
+        let events = Events::new(serving.events, Box::new(tap)).until(self.stop.subscribe());
+        Ok(running(&room, request, &envelope, events, admitted.rate, serving.cancel))
     }
 
     fn envelope(
@@ -280,21 +258,12 @@ impl App {
         who: &AuthedTenant,
         contract: &TenantContract,
         envelope: &Arc<Envelope>,
-        adapter_hit: Option<bool>,
         reservation: Reservation,
     ) -> Tap {
         let admission = Arc::clone(&self.admission);
         let settle = Box::new(move |used| admission.lock().settle(reservation, used));
         let (key, cost_center) = (who.key_id().to_string(), contract.cost_center.clone());
-        Tap::new(
-            Arc::clone(envelope),
-            key,
-            cost_center,
-            adapter_hit,
-            settle,
-            self.journal.clone(),
-            Arc::clone(&self.clock),
-        )
+        Tap::new(Arc::clone(envelope), key, cost_center, settle, self.journal.clone(), Arc::clone(&self.clock))
     }
 }
 
@@ -366,13 +335,37 @@ impl Backend for App {
     }
 }
 
+/// Rates taken for a request that is not on its way yet; given back when dropped.
+struct Reserved<'a> {
+    admission: &'a Mutex<Admission>,
+    reservation: Option<Reservation>,
+}
+
+impl<'a> Reserved<'a> {
+    fn new(admission: &'a Mutex<Admission>, reservation: Reservation) -> Self {
+        Self { admission, reservation: Some(reservation) }
+    }
+
+    fn keep(mut self) -> Reservation {
+        self.reservation.take().expect("kept once")
+    }
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        if let Some(reservation) = self.reservation.take() {
+            self.admission.lock().undo(reservation);
+        }
+    }
+}
+
 fn running(
     room: &BaseRoom,
     request: Prepared,
     envelope: &Envelope,
     events: Events,
     rate: RateStatus,
-    hold: (Ticket<Payload>, CancelFlag),
+    cancel: CancelOnDrop,
 ) -> Running {
     let served = Served {
         model: request.model,
@@ -382,13 +375,9 @@ fn running(
         fell_back: envelope.fell_back,
         numerics_id: room.model.info.numerics_id(),
     };
-    let (ticket, cancel) = hold;
     Running {
         events,
-        cancel: CancelOnDrop::new(move || {
-            cancel.cancel();
-            drop(ticket);
-        }),
+        cancel,
         served,
         prompt_tokens: Arc::clone(&envelope.generation.prompt),
         token_text: Arc::new(encode::TokenTexts(Arc::clone(&room.vocabulary))),

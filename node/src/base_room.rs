@@ -91,13 +91,7 @@ impl BaseRoom {
         adapter_loading: AdapterLoading,
         config: &ClusterConfig,
     ) -> anyhow::Result<Self> {
-        let tokenizer = &model.tokenizer;
-        let n_tokens = u32::try_from(model.info.vocab.max(tokenizer.vocab_size())).unwrap_or(u32::MAX);
-        let spelling = |id: u32| match tokenizer.special_text(id) {
-            Some(text) => (text.as_bytes().to_vec(), true),
-            None => (tokenizer.token_bytes(id).to_vec(), false),
-        };
-        let vocabulary = Arc::new(Vocabulary::new((0..n_tokens).map(spelling), model.info.eos.clone()));
+        let vocabulary = Arc::new(vocabulary(&model));
         let grammars = GrammarCompiler::new(&vocabulary)?;
         Ok(Self {
             engine: EngineOptions::new(&model, config),
@@ -164,6 +158,17 @@ impl BaseRoom {
     pub fn set_up(&self, up: bool) {
         self.up.store(up, Ordering::Release);
     }
+}
+
+/// Text and kinds of a model's tokens.
+pub fn vocabulary(model: &BaseModel) -> Vocabulary {
+    let tokenizer = &model.tokenizer;
+    let n_tokens = u32::try_from(model.info.vocab.max(tokenizer.vocab_size())).unwrap_or(u32::MAX);
+    let spelling = |id: u32| match tokenizer.special_text(id) {
+        Some(text) => (text.as_bytes().to_vec(), true),
+        None => (tokenizer.token_bytes(id).to_vec(), false),
+    };
+    Vocabulary::new((0..n_tokens).map(spelling), model.info.eos.clone())
 }
 
 fn load_failed(path: &Path, error: &model::base::LoadError) -> anyhow::Error {

@@ -13,7 +13,7 @@ use scheduler::source::{CancelFlag, Charge, Room, Work, WorkSource};
 use shared::adapter::{AdapterId, Residency};
 use shared::error::{ErrorKind, RequestError};
 use shared::id::{RequestId, Route, TenantId};
-use shared::request::Envelope;
+use shared::request::{Emitted, Envelope};
 use shared::tenant::{Fallback, Tier};
 use shared::token::TokenEvent;
 use tokio::sync::mpsc;
@@ -26,6 +26,8 @@ use crate::gateway::backend::node_stopping;
 pub struct Payload {
     /// The admitted request.
     pub envelope: Arc<Envelope>,
+    /// What its client has already.
+    pub emitted: Emitted,
     /// Its compiled constraint.
     pub grammar: Option<CompiledGrammar>,
     /// Where its events go.
@@ -34,6 +36,8 @@ pub struct Payload {
     pub cancel: CancelFlag,
     /// What the contract says about a broken adapter.
     pub fallback: Fallback,
+    /// Whether its adapter was resident when it came; `None` for base requests.
+    pub adapter_hit: Option<bool>,
 }
 
 impl Payload {
@@ -95,22 +99,23 @@ impl EngineSource {
     }
 
     fn work(&self, payload: Payload, lease: Option<adapters::Lease>, id: RequestId) -> Work {
-        let Payload { envelope, grammar, sink, cancel, .. } = payload;
-        Work { envelope, lease, grammar, sink, cancel, permit: Box::new(self.queue().permit(id)) }
+        let Payload { envelope, emitted, grammar, sink, cancel, adapter_hit, .. } = payload;
+        let permit = Box::new(self.queue().permit(id));
+        Work { envelope, emitted, lease, adapter_hit, grammar, sink, cancel, permit }
     }
 
-    /// The contract decides: the base answers and says so, or the client gets the reason (AD-26).
+    /// The contract decides: the base answers and says so, or the client gets the reason (AD-26). An answer that
+    /// began with the adapter never goes on without it.
     fn without_adapter(&self, mut payload: Payload, id: RequestId, error: RequestError) -> Option<Work> {
-        let permit = self.queue().permit(id);
         tracing::warn!(request_id = %id, tenant_id = %payload.envelope.route.tenant, code = error.code, "adapter cannot be loaded");
-        if payload.fallback == Fallback::Refuse {
+        if payload.fallback == Fallback::Refuse || !payload.emitted.is_empty() {
             payload.fail(error);
+            self.queue().left(id);
             return None;
         }
         let envelope = Envelope { adapter: None, fell_back: true, ..payload.envelope.as_ref().clone() };
         payload.envelope = Arc::new(envelope);
-        let Payload { envelope, grammar, sink, cancel, .. } = payload;
-        Some(Work { envelope, lease: None, grammar, sink, cancel, permit: Box::new(permit) })
+        Some(self.work(payload, None, id))
     }
 }
 
@@ -157,10 +162,6 @@ impl WorkSource for EngineSource {
 
     fn charge(&mut self, tier: Tier, route: &Route, charge: Charge) {
         self.queue().charge(tier, route, charge.prefill, charge.decode);
-    }
-
-    fn left(&mut self, id: RequestId) {
-        self.queue().left(id);
     }
 
     fn forgotten(&mut self) -> Vec<TenantId> {
@@ -221,8 +222,9 @@ mod tests {
         let envelope = Arc::new(metering::tests::envelope(&clock));
         let (sink, receiver) = mpsc::channel(1);
         let cancel = CancelFlag::default();
-        let item = Item::of(&envelope);
-        let payload = Payload { envelope, grammar: None, sink, cancel, fallback: Fallback::Refuse };
+        let item = Item::of(&envelope, &Emitted::default());
+        let (emitted, fallback) = (Emitted::default(), Fallback::Refuse);
+        let payload = Payload { envelope, emitted, grammar: None, sink, cancel, fallback, adapter_hit: None };
         let queue = Queue::new(FairConfig::default());
         let ticket = queue.submit(clock.now(), item, payload).expect("there is room");
         let room = queue::Room { sequences: 8, kv_tokens: 1000 };

@@ -62,7 +62,8 @@ pub struct UsageRecord {
     pub cost_center: Option<String>,
     /// The base answered in place of a missing adapter (BILL-09).
     pub fell_back: bool,
-    /// The adapter was in engine memory when the request arrived (BILL-08); `null` for base requests.
+    /// The adapter was in engine memory when the request arrived where it ran (BILL-08); `null` for base requests
+    /// and for those that never entered the batch.
     pub adapter_hit: Option<bool>,
     /// Prompt tokens, billed once; 0 when the request never entered the batch.
     pub prompt_tokens: u32,
@@ -116,7 +117,6 @@ impl Tap {
         envelope: Arc<Envelope>,
         key: String,
         cost_center: Option<String>,
-        adapter_hit: Option<bool>,
         settle: Box<dyn FnOnce(u64) + Send>,
         journal: Journal,
         clock: Arc<dyn Clock>,
@@ -127,7 +127,7 @@ impl Tap {
             envelope,
             key,
             cost_center,
-            adapter_hit,
+            adapter_hit: None,
             _open: journal.open_record(),
             journal,
             clock,
@@ -172,8 +172,9 @@ impl Tap {
 impl EventTap for Tap {
     fn observe(&mut self, event: &TokenEvent) {
         match event {
-            TokenEvent::Started { queue_wait, cached_tokens, fell_back } => {
+            TokenEvent::Started { queue_wait, cached_tokens, fell_back, adapter_hit } => {
                 self.started = true;
+                self.adapter_hit = *adapter_hit;
                 self.queue_wait = *queue_wait;
                 self.cached_tokens = *cached_tokens;
                 self.fell_back = *fell_back;
@@ -312,7 +313,7 @@ pub(crate) mod tests {
         let told = Arc::clone(&settled);
         let settle = Box::new(move |used| told.store(used, Ordering::SeqCst));
         let envelope = Arc::new(envelope(&clock));
-        let mut tap = Tap::new(envelope, "k1".into(), None, None, settle, journal.clone(), Arc::new(clock));
+        let mut tap = Tap::new(envelope, "k1".into(), None, settle, journal.clone(), Arc::new(clock));
         events.iter().for_each(|event| tap.observe(event));
         if closed {
             tap.closed();
@@ -327,7 +328,12 @@ pub(crate) mod tests {
     }
 
     fn started() -> TokenEvent {
-        TokenEvent::Started { queue_wait: Duration::from_millis(2), cached_tokens: 0, fell_back: false }
+        TokenEvent::Started {
+            queue_wait: Duration::from_millis(2),
+            cached_tokens: 0,
+            fell_back: false,
+            adapter_hit: None,
+        }
     }
 
     fn token() -> TokenEvent {

@@ -305,6 +305,7 @@ pub fn base_state(room: &BaseRoom) {
         ("vllm:prefix_cache_queries_total", engine.prefix_queries),
         ("vllm:prefix_cache_hits_total", engine.prefix_hits),
         ("tenantry_engine_steps_total", engine.steps),
+        ("tenantry_engine_requests_resumed_total", engine.requests_resumed),
     ] {
         counter!(name, "model_name" => base.clone(), "engine" => "0").absolute(value);
     }

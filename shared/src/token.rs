@@ -51,6 +51,8 @@ pub enum TokenEvent {
         cached_tokens: u32,
         /// The base answers in place of an adapter that is missing or cannot be loaded.
         fell_back: bool,
+        /// The adapter was in engine memory when the request arrived where it runs; `None` for base requests.
+        adapter_hit: Option<bool>,
     },
     /// Log-probabilities of prompt tokens 1…, when asked for; sent once, before the first token.
     Prompt {

@@ -142,7 +142,7 @@ fn start(attempt: Attempt, node: &NodeId) -> Command {
 }
 
 fn started() -> TokenEvent {
-    TokenEvent::Started { queue_wait: Duration::ZERO, cached_tokens: 0, fell_back: false }
+    TokenEvent::Started { queue_wait: Duration::ZERO, cached_tokens: 0, fell_back: false, adapter_hit: None }
 }
 
 fn finished() -> TokenEvent {

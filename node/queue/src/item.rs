@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use shared::adapter::{AdapterId, Residency};
 use shared::error::{ErrorKind, RequestError};
 use shared::id::{RequestId, Route};
-use shared::request::Envelope;
+use shared::request::{Emitted, Envelope};
 use shared::tenant::Tier;
 
 /// The facts of one request that decide its turn.
@@ -44,8 +44,8 @@ impl Item {
     /// not preempt another one at once: four pages of 16.
     pub const ANSWER_HEADROOM_TOKENS: u32 = 64;
 
-    /// Reads the facts off an admitted request.
-    pub fn of(envelope: &Envelope) -> Self {
+    /// Reads the facts off an admitted request whose client has `emitted` already.
+    pub fn of(envelope: &Envelope, emitted: &Emitted) -> Self {
         let generation = &envelope.generation;
         let prompt_tokens = u32::try_from(generation.prompt.len()).unwrap_or(u32::MAX);
         let answer_tokens = generation.max_tokens.min(Self::ANSWER_HEADROOM_TOKENS);
@@ -59,7 +59,9 @@ impl Item {
             adapter: envelope.adapter.as_ref().map(|pin| pin.adapter().id()),
             n_sequences: envelope.n_sequences(),
             prompt_tokens,
-            kv_tokens: prompt_tokens.saturating_add(answer_tokens.saturating_mul(envelope.n_sequences())),
+            kv_tokens: prompt_tokens
+                .saturating_add(u32::try_from(emitted.n_tokens()).unwrap_or(u32::MAX))
+                .saturating_add(answer_tokens.saturating_mul(envelope.n_sequences())),
             admitted_at: envelope.admitted_at,
             deadline: envelope.deadline,
         }

@@ -199,9 +199,10 @@ impl<F: Forward, S: WorkSource> Engine<F, S> {
     }
 
     fn report(&mut self) {
-        let (left, charges) = self.batch.take_reports();
-        charges.into_iter().for_each(|(tier, route, charge)| self.source.charge(tier, &route, charge));
-        left.into_iter().for_each(|id| self.source.left(id));
+        self.batch
+            .take_charges()
+            .into_iter()
+            .for_each(|(tier, route, charge)| self.source.charge(tier, &route, charge));
         self.batch.update_stats();
         self.stats.store(&self.batch.stats);
     }

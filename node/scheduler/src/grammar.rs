@@ -95,16 +95,11 @@ impl GrammarError {
 pub struct CompiledGrammar(Arc<Mutex<Matcher>>);
 
 impl CompiledGrammar {
-    /// The state after `emitted` tokens of an answer; empty at the start.
-    ///
-    /// # Errors
-    /// When the emitted tokens do not follow the grammar.
-    pub fn start(&self, emitted: &[u32]) -> Result<GrammarState, GrammarError> {
+    /// The state at the start of an answer.
+    pub fn start(&self) -> GrammarState {
         // A deep clone keeps one answer's lexer states, which count against a limit, from another's.
         let matcher = self.0.lock().unwrap_or_else(PoisonError::into_inner).deep_clone();
-        let mut state = GrammarState { matcher };
-        emitted.iter().try_for_each(|&id| state.commit(id))?;
-        Ok(state)
+        GrammarState { matcher }
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! A sequence is Waiting (holds no pages: preempted, or a further choice before the first one's prompt is done),
 //! then Prefill (several tokens still to compute), then Decode (exactly the newest token to compute), then Done.
-//! Preemption leads back to Waiting; because rows are batch-invariant, computing prompt and emitted tokens again
+//! Preemption leads back to Waiting, and a request that comes from another engine starts there with tokens emitted
+//! already; because rows are batch-invariant, computing prompt and emitted tokens again
 //! gives the same bits. It does not decide when it runs: [`crate::plan`] does.
 
 use shared::hash::ContentHash;
@@ -16,7 +17,7 @@ use crate::blocks::{BlockPool, PageKey};
 pub enum Phase {
     /// Holds no pages.
     Waiting,
-    /// Prompt, or prompt and emitted tokens after a preemption, are being computed.
+    /// Prompt, or prompt and emitted tokens after a preemption or from another engine, are being computed.
     Prefill,
     /// The newest emitted token is to be computed.
     Decode,
@@ -43,6 +44,10 @@ pub struct SequenceInit {
     pub adapter: Option<ContentHash>,
     /// Not empty.
     pub prompt: Vec<u32>,
+    /// Tokens emitted by an engine before this one.
+    pub emitted: Vec<u32>,
+    /// Another choice of the request computes the prompt; see [`Sequence::enter_beside`].
+    pub held: bool,
     /// The logits of every prompt position are wanted, so nothing of the prompt may come from the cache.
     pub all_logits: bool,
     /// Tokens per page.
@@ -97,13 +102,13 @@ impl Sequence {
             tenant: init.tenant,
             adapter: init.adapter,
             parked: false,
-            held: init.choice > 0,
+            held: init.held,
             all_logits: init.all_logits,
             last_step: 0,
             secret: init.cache_secret,
             page_tokens: init.page_tokens,
             prompt_len: init.prompt.len(),
-            tokens: init.prompt,
+            tokens: [init.prompt, init.emitted].concat(),
             computed: 0,
             charged: 0,
             pages: Vec::new(),
@@ -176,10 +181,12 @@ impl Sequence {
     /// When not waiting for `first`.
     pub fn enter_beside(&mut self, first: &Self, pool: &mut BlockPool) {
         assert!(self.held && self.phase == Phase::Waiting && self.request == first.request);
-        assert!(first.computed >= self.prompt_len && self.tokens[..] == first.tokens[..self.prompt_len]);
+        assert!(first.computed >= self.prompt_len);
+        assert_eq!(self.tokens[..self.prompt_len], first.tokens[..self.prompt_len]);
         self.held = false;
         self.phase = Phase::Prefill;
-        let n_full = (self.prompt_len - 1) / self.page_tokens;
+        // Pages of nothing but the prompt; the last token is always computed, so that there are logits.
+        let n_full = self.prompt_len.min(self.tokens.len() - 1) / self.page_tokens;
         self.pages = first.pages[..n_full].to_vec();
         self.pages.iter().for_each(|&page| pool.share(page));
         self.adopt_pages();
@@ -294,6 +301,8 @@ mod tests {
             base: ContentHash([0; 32]),
             adapter: None,
             prompt: prompt.to_vec(),
+            emitted: Vec::new(),
+            held: choice > 0,
             all_logits: false,
             page_tokens: 4,
         })

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use adapters::lease::Lease;
-use shared::id::{RequestId, Route, TenantId};
-use shared::request::Envelope;
+use shared::id::{Route, TenantId};
+use shared::request::{Emitted, Envelope};
 use shared::tenant::Tier;
 use shared::token::TokenEvent;
 use tokio::sync::mpsc;
@@ -45,8 +45,12 @@ pub struct Room {
 pub struct Work {
     /// The admitted request.
     pub envelope: Arc<Envelope>,
+    /// What its client has already, from an engine that could not finish it; empty for a new request.
+    pub emitted: Emitted,
     /// Its adapter, resident and pinned; `None` for base requests.
     pub lease: Option<Lease>,
+    /// Whether the adapter was resident when the request arrived; for the report only.
+    pub adapter_hit: Option<bool>,
     /// The compiled constraint, when `generation.grammar` asks for one; compiled before queueing.
     pub grammar: Option<CompiledGrammar>,
     /// Where its events go; bounded, never blocked on: a full channel parks the request.
@@ -73,9 +77,6 @@ pub trait WorkSource: Send {
 
     /// Reports what a route used since the last call.
     fn charge(&mut self, tier: Tier, route: &Route, charge: Charge);
-
-    /// A request left the engine (finished, cancelled or failed).
-    fn left(&mut self, id: RequestId);
 
     /// Tenants whose cached pages must go (erasure, a new cache secret) since the last call; asked in every step.
     /// Named after their last requests have left: what still runs may fill the cache again.

@@ -49,6 +49,7 @@ fn room_status(room: &crate::base_room::BaseRoom, now: std::time::Instant) -> Va
             "tokens_prompt": engine.tokens_prompt,
             "tokens_emitted": engine.tokens_emitted,
             "preemptions": engine.preemptions,
+            "requests_resumed": engine.requests_resumed,
             "prefix_queries": engine.prefix_queries,
             "prefix_hits": engine.prefix_hits,
         },

@@ -1,4 +1,4 @@
-//! From the client's words to what the engine runs: prompt tokens, lengths that fit, a compiled grammar.
+//! From the client's words to what the engine runs: prompt tokens, lengths that fit, a grammar that compiles.
 //!
 //! Everything that needs the model's tokenizer, template, context or vocabulary is checked here; the rest was
 //! checked by the gateway. Long texts are encoded on a blocking thread.
@@ -7,7 +7,6 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 use model::template::encode_chat;
-use scheduler::grammar::CompiledGrammar;
 use scheduler::vocab::Vocabulary;
 use shared::error::RequestError;
 use shared::id::TenantId;
@@ -20,20 +19,12 @@ use crate::gateway::backend::{Input, Piece, Prepared, TokenText};
 /// Bytes of input above which encoding leaves the async thread: about a millisecond of tokenising.
 const INLINE_BYTES_MAX: usize = 4 << 10;
 
-/// What goes into the queue.
-pub(super) struct Encoded {
-    pub(super) generation: Generation,
-    pub(super) grammar: Option<CompiledGrammar>,
-}
-
-impl Encoded {
-    /// Shortens an answer whose length the client left open to what a minute of the tenant's tokens allows.
-    pub(super) fn clamp_answer(&mut self, tokens_per_minute: u32) {
-        let prompt = u32::try_from(self.generation.prompt.len()).unwrap_or(u32::MAX);
-        let each = tokens_per_minute.saturating_sub(prompt) / self.generation.n.max(1);
-        self.generation.max_tokens = self.generation.max_tokens.min(each.max(1));
-        self.generation.min_tokens = self.generation.min_tokens.min(self.generation.max_tokens);
-    }
+/// Shortens an answer whose length the client left open to what a minute of the tenant's tokens allows.
+pub(super) fn clamp_answer(generation: &mut Generation, tokens_per_minute: u32) {
+    let prompt = u32::try_from(generation.prompt.len()).unwrap_or(u32::MAX);
+    let each = tokens_per_minute.saturating_sub(prompt) / generation.n.max(1);
+    generation.max_tokens = generation.max_tokens.min(each.max(1));
+    generation.min_tokens = generation.min_tokens.min(generation.max_tokens);
 }
 
 /// Encodes and checks a request against the base it will run on.
@@ -42,7 +33,7 @@ pub(super) async fn encode(
     tenant: &TenantId,
     request: &mut Prepared,
     places: &Semaphore,
-) -> Result<Encoded, RequestError> {
+) -> Result<Generation, RequestError> {
     let prompt = if input_bytes(&request.input) > INLINE_BYTES_MAX {
         let _place = places.acquire().await.map_err(|_| RequestError::internal())?;
         let input = std::mem::replace(&mut request.input, Input::Tokens(Vec::new()));
@@ -53,9 +44,9 @@ pub(super) async fn encode(
     };
     let max_tokens = fit(room, &prompt, request)?;
     check_vocabulary(room, &prompt, request)?;
-    let grammar = compile(room, tenant, request).await?;
+    check_grammar(room, tenant, request).await?;
     let seed = request.seed.unwrap_or_else(|| seed_of(request));
-    let generation = Generation {
+    Ok(Generation {
         prompt: prompt.into(),
         n: request.n,
         max_tokens,
@@ -67,8 +58,7 @@ pub(super) async fn encode(
         logprobs: request.logprobs,
         prompt_logprobs: request.prompt_logprobs,
         grammar: request.grammar.clone(),
-    };
-    Ok(Encoded { generation, grammar })
+    })
 }
 
 /// Without a client's seed the stream is keyed by the request id, so that the request can be resumed.
@@ -151,14 +141,11 @@ fn check_vocabulary(room: &BaseRoom, prompt: &[u32], request: &Prepared) -> Resu
     }
 }
 
-async fn compile(
-    room: &BaseRoom,
-    tenant: &TenantId,
-    request: &Prepared,
-) -> Result<Option<CompiledGrammar>, RequestError> {
-    let Some(grammar) = &request.grammar else { return Ok(None) };
+/// Compiles the grammar, which is then remembered: it is wanted again where the request runs.
+async fn check_grammar(room: &BaseRoom, tenant: &TenantId, request: &Prepared) -> Result<(), RequestError> {
+    let Some(grammar) = &request.grammar else { return Ok(()) };
     let compiled = room.grammars.compile(tenant, grammar).await;
-    compiled.map(Some).map_err(|error| error.to_request_error("response_format"))
+    compiled.map(drop).map_err(|error| error.to_request_error("response_format"))
 }
 
 /// The vocabulary as the gateway's detokenizer sees it.

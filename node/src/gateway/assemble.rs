@@ -132,7 +132,7 @@ impl Assembly {
     /// The request's failure, or a broken promise about the events.
     pub fn on_event(&mut self, now: Instant, event: TokenEvent) -> Result<Progress, RequestError> {
         match event {
-            TokenEvent::Started { queue_wait, cached_tokens, fell_back } => {
+            TokenEvent::Started { queue_wait, cached_tokens, fell_back, .. } => {
                 self.timing.queue_wait = queue_wait;
                 self.cached_tokens = cached_tokens;
                 self.fell_back = fell_back;

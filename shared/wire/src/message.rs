@@ -231,6 +231,7 @@ wire_type! {
         queue_wait_us: u64,
         cached_tokens: u32,
         fell_back: bool,
+        adapter_hit: Option<bool>,
     }
 }
 

@@ -107,8 +107,14 @@ impl Engine {
         let Ok(_place) = inner.places.clone().acquire_owned().await else { return };
         drop(waiting);
         let _running = Counted::new(inner, |inner| &inner.running);
-        let _ =
-            events.send(TokenEvent::Started { queue_wait: Duration::ZERO, cached_tokens: 0, fell_back: false }).await;
+        let _ = events
+            .send(TokenEvent::Started {
+                queue_wait: Duration::ZERO,
+                cached_tokens: 0,
+                fell_back: false,
+                adapter_hit: None,
+            })
+            .await;
         let generation = &envelope.generation;
         let mut unheard = 0;
         for choice in 0..generation.n {

@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 
 use model::step::{Run, Step};
 use shared::error::{ErrorKind, RequestError};
-use shared::id::{RequestId, Route};
+use shared::id::Route;
 use shared::tenant::Tier;
-use shared::token::{FinishReason, TokenEvent};
+use shared::token::TokenEvent;
 
-use super::request::{Request, send_failure};
+use super::request::{Request, StartError, send_failure};
 use super::stats::EngineSnapshot;
 use super::{EngineConfig, EngineShape};
 use crate::blocks::{BlockPool, PoolConfig};
@@ -38,8 +38,6 @@ pub(super) struct Batch {
     sequences: Vec<Sequence>,
     requests: BTreeMap<u64, Request>,
     n_admitted: u64,
-    /// Requests that left since the engine last asked.
-    left: Vec<RequestId>,
     /// What routes used since the engine last asked.
     charges: Vec<(Tier, Route, Charge)>,
     pub(super) stats: EngineSnapshot,
@@ -78,7 +76,6 @@ impl Batch {
             sequences: Vec::new(),
             requests: BTreeMap::new(),
             n_admitted: 0,
-            left: Vec::new(),
             charges: Vec::new(),
             stats,
         }
@@ -105,9 +102,9 @@ impl Batch {
         self.requests.is_empty()
     }
 
-    /// Requests that left and charges that arose since the last call.
-    pub(super) fn take_reports(&mut self) -> (Vec<RequestId>, Vec<(Tier, Route, Charge)>) {
-        (std::mem::take(&mut self.left), std::mem::take(&mut self.charges))
+    /// Charges that arose since the last call.
+    pub(super) fn take_charges(&mut self) -> Vec<(Tier, Route, Charge)> {
+        std::mem::take(&mut self.charges)
     }
 
     /// Longest possible sequence: the model's context, or all pages.
@@ -173,15 +170,39 @@ impl Batch {
             self.refuse(&work, error);
             return;
         }
-        let mut request = match Request::new(work, self.vocabulary.eos()) {
+        let (mut request, open) = match Request::new(work, &self.vocabulary, self.tokens_max()) {
             Ok(request) => request,
-            Err((work, error)) => return self.refuse(&work, error.to_request_error("response_format")),
+            Err((work, StartError::Grammar(error))) => {
+                return self.refuse(&work, error.to_request_error("response_format"));
+            }
+            Err((work, StartError::TokensAfterEnd)) => {
+                tracing::error!(target: "invariant", request = %work.envelope.id, "tokens were emitted after an end");
+                return self.refuse(&work, RequestError::internal());
+            }
         };
         self.n_admitted += 1;
-        let envelope = Arc::clone(&request.work.envelope);
+        let n_cached = self.start_sequences(&request.work, &open);
+        let envelope = &request.work.envelope;
+        self.stats.requests_started += 1;
+        self.stats.requests_resumed += u64::from(!request.work.emitted.is_empty());
+        self.stats.prefix_queries += envelope.generation.prompt.len() as u64;
+        self.stats.prefix_hits += n_cached as u64;
+        let queue_wait = now.saturating_duration_since(envelope.admitted_at);
+        let (fell_back, adapter_hit) = (envelope.fell_back, request.work.adapter_hit);
+        request.start(TokenEvent::Started { queue_wait, cached_tokens: n_cached as u32, fell_back, adapter_hit });
+        request.flush(now);
+        self.requests.insert(self.n_admitted, request);
+    }
+
+    /// Makes the sequences of these choices; the first computes the prompt for all. Returns how many tokens of the
+    /// prompt it found in the cache.
+    fn start_sequences(&mut self, work: &Work, open: &[u32]) -> usize {
+        let Work { envelope, emitted, .. } = work;
+        let wants_all_logits = envelope.generation.prompt_logprobs.is_some() && emitted.is_empty();
         let start = self.sequences.len();
-        self.sequences.extend((0..request.generation.n).map(|choice| {
-            Sequence::new(SequenceInit {
+        for &choice in open {
+            let is_first = self.sequences.len() == start;
+            self.sequences.push(Sequence::new(SequenceInit {
                 request: self.n_admitted,
                 choice,
                 tier: envelope.tier,
@@ -190,19 +211,14 @@ impl Batch {
                 base: self.config.base,
                 adapter: envelope.adapter.as_ref().map(|pin| pin.hash),
                 prompt: envelope.generation.prompt.to_vec(),
-                all_logits: choice == 0 && envelope.generation.prompt_logprobs.is_some(),
+                emitted: emitted.tokens(choice).to_vec(),
+                held: !is_first,
+                all_logits: is_first && wants_all_logits,
                 page_tokens: self.shape.page_tokens,
-            })
-        }));
-        let n_cached = self.sequences[start].enter(&mut self.pool);
-        self.stats.requests_started += 1;
-        self.stats.prefix_queries += envelope.generation.prompt.len() as u64;
-        self.stats.prefix_hits += n_cached as u64;
-        let queue_wait = now.saturating_duration_since(envelope.admitted_at);
-        let fell_back = envelope.fell_back;
-        request.emit(TokenEvent::Started { queue_wait, cached_tokens: n_cached as u32, fell_back });
-        request.flush(now);
-        self.requests.insert(self.n_admitted, request);
+            }));
+        }
+        let Some(first) = self.sequences.get_mut(start) else { return 0 };
+        first.enter(&mut self.pool).min(first.prompt_len())
     }
 
     fn check(&self, work: &Work, now: Instant) -> Result<(), RequestError> {
@@ -225,7 +241,12 @@ impl Batch {
                 "prompt, n and max_tokens must not be empty",
             ));
         }
-        if generation.prompt.iter().any(|&id| id as usize >= self.shape.vocab) {
+        if work.emitted.0.len() > generation.n as usize {
+            tracing::error!(target: "invariant", request = %work.envelope.id, "more choices were emitted than wanted");
+            return Err(RequestError::internal());
+        }
+        let emitted = work.emitted.0.iter().flat_map(|choice| &choice.tokens);
+        if generation.prompt.iter().chain(emitted).any(|&id| id as usize >= self.shape.vocab) {
             let message = format!("prompt token ids must be below {}", self.shape.vocab);
             return Err(RequestError::field("invalid_token", "prompt", message));
         }
@@ -243,7 +264,6 @@ impl Batch {
         } else {
             self.stats.requests_failed += 1;
         }
-        self.left.push(work.envelope.id);
         send_failure(work, None, error);
     }
 
@@ -340,11 +360,8 @@ impl Batch {
         }
     }
 
-    /// The first choice's prompt is done: the others go on from its pages.
+    /// The prompt is done: choices that waited for it go on from its pages.
     fn start_further_choices(&mut self, at: usize) {
-        if self.sequences[at].choice > 0 {
-            return;
-        }
         let (head, tail) = self.sequences.split_at_mut(at + 1);
         let first = &head[at];
         let others = tail.iter_mut().take_while(|other| other.request == first.request);
@@ -353,10 +370,9 @@ impl Batch {
 
     /// Chooses and emits the next token of a sequence and ends it where it must end.
     fn choose(&mut self, at: usize, logits: &[f32]) -> Result<(), RequestError> {
-        let tokens_max = self.tokens_max();
         let sequence = &mut self.sequences[at];
         let request = self.requests.get_mut(&sequence.request).expect("a sequence has a request");
-        let Request { choices, generation, ends, .. } = request;
+        let Request { choices, generation, ends, .. } = &mut *request;
         let choice = &mut choices[sequence.choice as usize];
         let position = sequence.n_emitted() as u32;
         let grammar_failed = |error: GrammarError| error.to_request_error("response_format");
@@ -366,26 +382,14 @@ impl Batch {
             sampling: &generation.sampling,
             history: &choice.history,
             mask: mask.as_ref(),
-            unwanted: if position < generation.min_tokens { ends } else { &[] },
+            unwanted: if position < generation.min_tokens { &ends.ids } else { &[] },
             choice: sequence.choice,
             position,
         };
         let id = self.sampler.sample(&draw).map_err(sampling_failed)?;
-        if let Some(grammar) = &mut choice.grammar {
-            grammar.commit(id).map_err(grammar_failed)?;
-        }
-        choice.history.push(id);
+        let reason = choice.push(id, ends, &self.vocabulary).map_err(grammar_failed)?;
         sequence.push(id);
         let logprobs = generation.logprobs.map(|n_top| self.sampler.logprobs(logits, id, n_top));
-        let reason = if ends.contains(&id) || choice.grammar.as_ref().is_some_and(|grammar| grammar.is_complete()) {
-            Some(FinishReason::Stop)
-        } else if let Some(found) = choice.stop.push(self.vocabulary.text(id)) {
-            Some(FinishReason::StopText { index: found.index })
-        } else if position + 1 >= generation.max_tokens || sequence.tokens().len() >= tokens_max {
-            Some(FinishReason::Length)
-        } else {
-            None
-        };
         request.emit(TokenEvent::Token { choice: sequence.choice, seq: position, id, logprobs });
         if let Some(reason) = reason {
             request.finish(sequence.choice, reason);
@@ -439,7 +443,6 @@ impl Batch {
             sequence.finish(&mut self.pool);
         }
         self.sequences.retain(|sequence| sequence.request != number);
-        self.left.push(request.work.envelope.id);
         match error {
             Some(error) => request.fail(error),
             None => self.stats.requests_finished += 1,
@@ -450,7 +453,6 @@ impl Batch {
     pub(super) fn fail_everything(&mut self) {
         for (_, request) in std::mem::take(&mut self.requests) {
             self.stats.requests_failed += 1;
-            self.left.push(request.work.envelope.id);
             request.fail(RequestError::internal());
         }
     }

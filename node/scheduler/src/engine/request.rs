@@ -3,6 +3,9 @@
 //! Events go through an outbox into the request's bounded channel, which is never waited on. While events are
 //! left over the request is parked: its sequences get no rows. One place in the channel is kept for the end, so
 //! that even a request with a full channel can be told that it failed.
+//!
+//! A request that another engine could not finish comes with the tokens it has emitted. They go through the same
+//! [`ChoiceState::push`] as chosen ones, so that what follows is what would have followed there.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -14,17 +17,37 @@ use shared::token::{FinishReason, PositionLogprobs, TokenEvent};
 use tokio::sync::mpsc::OwnedPermit;
 use tokio::sync::mpsc::error::TrySendError;
 
-use crate::grammar::{GrammarError, GrammarState};
+use crate::grammar::{CompiledGrammar, GrammarError, GrammarState};
 use crate::sampler::History;
 use crate::source::Work;
 use crate::stop::StopMatcher;
+use crate::vocab::Vocabulary;
 
 /// What a choice needs besides its tokens: functions of prompt and emitted tokens.
 #[derive(Debug)]
 pub(super) struct ChoiceState {
-    pub(super) stop: StopMatcher,
     pub(super) grammar: Option<GrammarState>,
     pub(super) history: History,
+    stop: StopMatcher,
+    n_tokens: u32,
+}
+
+/// Where answers end, the same for all choices of a request.
+#[derive(Debug)]
+pub(super) struct Ends {
+    /// Tokens that end an answer.
+    pub(super) ids: Vec<u32>,
+    /// Longest answer that the request and the context allow.
+    pub(super) tokens_max: u32,
+}
+
+/// Why a request cannot enter.
+#[derive(Debug)]
+pub(super) enum StartError {
+    /// Its constraint does not allow the tokens emitted already.
+    Grammar(GrammarError),
+    /// A choice has tokens after its end: whoever says they were emitted is wrong.
+    TokensAfterEnd,
 }
 
 /// A request inside the engine.
@@ -33,8 +56,7 @@ pub(super) struct Request {
     pub(super) work: Work,
     pub(super) generation: Arc<Generation>,
     pub(super) choices: Vec<ChoiceState>,
-    /// Tokens that end an answer.
-    pub(super) ends: Vec<u32>,
+    pub(super) ends: Ends,
     /// Log-probabilities of the prompt tokens computed so far.
     pub(super) prompt_logprobs: Vec<PositionLogprobs>,
     /// Time its rows took since the last choice ended, all choices together.
@@ -45,40 +67,121 @@ pub(super) struct Request {
     parked_since: Option<Instant>,
 }
 
-impl Request {
-    /// A request that enters with these model end tokens.
+// === impl ChoiceState ===
+
+impl ChoiceState {
+    /// At the start of an answer.
+    fn new(generation: &Generation, grammar: Option<&CompiledGrammar>) -> Self {
+        Self {
+            grammar: grammar.map(CompiledGrammar::start),
+            history: History::new(&generation.sampling, &generation.prompt, &[]),
+            stop: StopMatcher::new(&generation.stop, generation.min_tokens),
+            n_tokens: 0,
+        }
+    }
+
+    /// Takes the next token; says whether the answer ends with it.
     ///
     /// # Errors
-    /// When the grammar cannot be started.
-    pub(super) fn new(work: Work, eos: &[u32]) -> Result<Self, (Work, GrammarError)> {
+    /// When the token does not follow the grammar or a limit of it is exceeded.
+    pub(super) fn push(
+        &mut self,
+        id: u32,
+        ends: &Ends,
+        vocabulary: &Vocabulary,
+    ) -> Result<Option<FinishReason>, GrammarError> {
+        if let Some(grammar) = &mut self.grammar {
+            grammar.commit(id)?;
+        }
+        self.history.push(id);
+        self.n_tokens += 1;
+        let found = self.stop.push(vocabulary.text(id));
+        Ok(if ends.ids.contains(&id) || self.grammar.as_ref().is_some_and(GrammarState::is_complete) {
+            Some(FinishReason::Stop)
+        } else if let Some(found) = found {
+            Some(FinishReason::StopText { index: found.index })
+        } else {
+            (self.n_tokens >= ends.tokens_max).then_some(FinishReason::Length)
+        })
+    }
+
+    /// Takes the tokens that another engine emitted; says whether the last of them ends the answer.
+    fn replay(
+        &mut self,
+        emitted: &[u32],
+        ends: &Ends,
+        vocabulary: &Vocabulary,
+    ) -> Result<Option<FinishReason>, StartError> {
+        let mut end = None;
+        for &id in emitted {
+            if end.is_some() {
+                return Err(StartError::TokensAfterEnd);
+            }
+            end = self.push(id, ends, vocabulary).map_err(StartError::Grammar)?;
+        }
+        Ok(end)
+    }
+}
+
+// === impl Request ===
+
+impl Request {
+    /// A request that enters where sequences have at most `tokens_max` tokens, and the choices of it that still
+    /// need to run. Choices that end with the last token their client has are told so after [`Request::start`].
+    ///
+    /// # Errors
+    /// When what was emitted cannot be continued.
+    pub(super) fn new(
+        work: Work,
+        vocabulary: &Vocabulary,
+        tokens_max: usize,
+    ) -> Result<(Self, Vec<u32>), (Work, StartError)> {
         let generation = Arc::clone(&work.envelope.generation);
-        let choice = || {
-            Ok(ChoiceState {
-                stop: StopMatcher::new(&generation.stop, generation.min_tokens),
-                grammar: work.grammar.as_ref().map(|grammar| grammar.start(&[])).transpose()?,
-                history: History::new(&generation.sampling, &generation.prompt, &[]),
-            })
+        let mut ids = generation.stop_token_ids.clone();
+        if !generation.ignore_eos {
+            ids.extend_from_slice(vocabulary.eos());
+        }
+        let left = u32::try_from(tokens_max.saturating_sub(generation.prompt.len())).unwrap_or(u32::MAX);
+        let ends = Ends { ids, tokens_max: generation.max_tokens.min(left) };
+        let start = |choice: u32| {
+            let mut state = ChoiceState::new(&generation, work.grammar.as_ref());
+            let is_finished = work.emitted.is_finished(choice);
+            let emitted = if is_finished { &[] } else { work.emitted.tokens(choice) };
+            let end = state.replay(emitted, &ends, vocabulary)?;
+            Ok((state, is_finished, end))
         };
-        let choices = match (0..generation.n).map(|_| choice()).collect() {
-            Ok(choices) => choices,
+        let starts: Vec<(ChoiceState, bool, Option<FinishReason>)> = match (0..generation.n).map(start).collect() {
+            Ok(starts) => starts,
             Err(error) => return Err((work, error)),
         };
-        let mut ends = generation.stop_token_ids.clone();
-        if !generation.ignore_eos {
-            ends.extend_from_slice(eos);
-        }
-        Ok(Self {
+        let mut request = Self {
             last_place: work.sink.clone().try_reserve_owned().ok(),
-            n_open: generation.n,
+            n_open: 0,
             outbox: VecDeque::new(),
             prompt_logprobs: Vec::new(),
             compute: Duration::ZERO,
             parked_since: None,
             work,
             generation,
-            choices,
+            choices: Vec::new(),
             ends,
-        })
+        };
+        let mut open = Vec::new();
+        for ((state, is_finished, end), choice) in starts.into_iter().zip(0..) {
+            request.choices.push(state);
+            request.n_open += u32::from(!is_finished);
+            match end {
+                Some(reason) => request.finish(choice, reason),
+                None if is_finished => {}
+                None => open.push(choice),
+            }
+        }
+        Ok((request, open))
+    }
+
+    /// Puts the event in front that every request begins with.
+    pub(super) fn start(&mut self, started: TokenEvent) {
+        self.outbox.push_front(started);
     }
 
     /// Queues an event.

@@ -107,6 +107,8 @@ stats! {
         prefix_hits,
         /// Counter: requests that entered.
         requests_started,
+        /// Counter: of these, requests that went on from tokens another engine had emitted.
+        requests_resumed,
         /// Counter: requests whose choices all finished.
         requests_finished,
         /// Counter: requests ended by their client.

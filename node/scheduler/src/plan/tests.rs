@@ -30,6 +30,8 @@ fn sequence(request: u64, tier: Tier, n_prompt: usize, adapter: Option<u8>, pool
         base: ContentHash([0; 32]),
         adapter: adapter.map(|byte| ContentHash([byte; 32])),
         prompt: vec![1; n_prompt],
+        emitted: Vec::new(),
+        held: false,
         all_logits: false,
         page_tokens: PAGE,
     });

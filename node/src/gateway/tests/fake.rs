@@ -98,8 +98,12 @@ pub(super) fn emit(request: &Prepared, ids: &[u32], reason: FinishReason) -> Vec
             .map(|i| TokenLogprob { id: id + i, logprob: -0.25 - i as f32 })
             .collect(),
     };
-    let mut events =
-        vec![TokenEvent::Started { queue_wait: Duration::from_millis(7), cached_tokens: 2, fell_back: false }];
+    let mut events = vec![TokenEvent::Started {
+        queue_wait: Duration::from_millis(7),
+        cached_tokens: 2,
+        fell_back: false,
+        adapter_hit: None,
+    }];
     if request.prompt_logprobs.is_some() {
         let rest = &prompt(request)[1..];
         events.push(TokenEvent::Prompt { logprobs: rest.iter().map(|&id| position(id)).collect() });

@@ -60,7 +60,8 @@ async fn a_fallback_is_said_in_body_and_header() {
 async fn a_fallback_decided_in_the_queue_is_said_too() {
     let fake = Arc::new(Fake::new(|request| {
         let mut events = say(request, b"x");
-        events[0] = TokenEvent::Started { queue_wait: Duration::ZERO, cached_tokens: 0, fell_back: true };
+        events[0] =
+            TokenEvent::Started { queue_wait: Duration::ZERO, cached_tokens: 0, fell_back: true, adapter_hit: None };
         Script::Emit(events)
     }));
     let answer = post(&fake, CHAT, &chat(json!({}))).await;

@@ -25,11 +25,14 @@ fn us(duration: Duration) -> u64 {
 
 pub(super) fn to_wire(event: &TokenEvent) -> m::TokenEvent {
     match event {
-        TokenEvent::Started { queue_wait, cached_tokens, fell_back } => m::TokenEvent::Started(m::Started {
-            queue_wait_us: us(*queue_wait),
-            cached_tokens: *cached_tokens,
-            fell_back: *fell_back,
-        }),
+        TokenEvent::Started { queue_wait, cached_tokens, fell_back, adapter_hit } => {
+            m::TokenEvent::Started(m::Started {
+                queue_wait_us: us(*queue_wait),
+                cached_tokens: *cached_tokens,
+                fell_back: *fell_back,
+                adapter_hit: *adapter_hit,
+            })
+        }
         TokenEvent::Prompt { logprobs } => {
             m::TokenEvent::Prompt(m::Prompt { logprobs: logprobs.iter().map(position_to_wire).collect() })
         }
@@ -60,6 +63,7 @@ pub(super) fn from_wire(event: m::TokenEvent) -> TokenEvent {
             queue_wait: Duration::from_micros(started.queue_wait_us),
             cached_tokens: started.cached_tokens,
             fell_back: started.fell_back,
+            adapter_hit: started.adapter_hit,
         },
         m::TokenEvent::Prompt(prompt) => {
             TokenEvent::Prompt { logprobs: prompt.logprobs.into_iter().map(position_from_wire).collect() }

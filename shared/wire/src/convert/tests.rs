@@ -160,7 +160,12 @@ impl Dice {
     fn event(&mut self, which: usize) -> TokenEvent {
         let time = Duration::from_micros(self.roll() >> 20);
         match which {
-            0 => TokenEvent::Started { queue_wait: time, cached_tokens: self.word(), fell_back: self.coin() },
+            0 => TokenEvent::Started {
+                queue_wait: time,
+                cached_tokens: self.word(),
+                fell_back: self.coin(),
+                adapter_hit: Some(time.as_micros() % 3).filter(|n| *n > 0).map(|n| n == 1),
+            },
             1 => TokenEvent::Prompt { logprobs: self.some(30, Self::position) },
             2 => TokenEvent::Token {
                 choice: self.word(),

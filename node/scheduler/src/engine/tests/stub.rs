@@ -1,7 +1,7 @@
 //! Forward pass, source of work and reader for tests, and the single-request reference they are held against.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
 use adapters::lease::Lease;
@@ -10,7 +10,7 @@ use model::step::{Forward, Step};
 use shared::clock::{Clock, ManualClock};
 use shared::hash::ContentHash;
 use shared::id::{RequestId, Route, TenantId};
-use shared::request::{AdapterPin, Envelope, Generation, Sampling};
+use shared::request::{AdapterPin, Emitted, Envelope, Generation, Sampling};
 use shared::tenant::Tier;
 use shared::token::{FinishReason, PositionLogprobs, TokenEvent};
 use tokio::sync::mpsc;
@@ -75,6 +75,8 @@ pub(super) struct Job {
     /// A lease that differs from the pin.
     pub(super) lease: Option<Option<u8>>,
     pub(super) generation: Generation,
+    /// What another engine emitted.
+    pub(super) emitted: Emitted,
     pub(super) grammar: Option<CompiledGrammar>,
     pub(super) capacity: usize,
     pub(super) deadline: Option<Duration>,
@@ -87,6 +89,7 @@ impl Default for Job {
             adapter: None,
             lease: None,
             generation: generation(&[1, 2, 3]),
+            emitted: Emitted::default(),
             grammar: None,
             capacity: 4096,
             deadline: None,
@@ -204,7 +207,6 @@ impl Forward for StubForward {
 #[derive(Debug, Default)]
 pub(super) struct StubSource {
     pub(super) waiting: VecDeque<Work>,
-    pub(super) left: Vec<RequestId>,
     pub(super) charges: Vec<Charge>,
     pub(super) closed: bool,
     pub(super) panic_when_left: bool,
@@ -227,20 +229,13 @@ impl WorkSource for SharedSource {
         let mut source = self.0.lock().expect("not poisoned");
         let next = source.waiting.front()?;
         let generation = &next.envelope.generation;
-        let fits = generation.n <= room.sequences && generation.prompt.len() as u32 <= room.kv_tokens;
+        let n_tokens = generation.prompt.len() + next.emitted.n_tokens();
+        let fits = generation.n <= room.sequences && n_tokens as u32 <= room.kv_tokens;
         if fits || !source.honest { source.waiting.pop_front() } else { None }
     }
 
     fn charge(&mut self, _: Tier, _: &Route, charge: Charge) {
         self.0.lock().expect("not poisoned").charges.push(charge);
-    }
-
-    fn left(&mut self, id: RequestId) {
-        let mut source = self.0.lock().expect("not poisoned");
-        source.left.push(id);
-        if source.panic_when_left {
-            std::panic::resume_unwind(Box::new("the source broke, too"));
-        }
     }
 
     fn forgotten(&mut self) -> Vec<TenantId> {
@@ -254,6 +249,22 @@ impl WorkSource for SharedSource {
     }
 }
 
+/// Counts the requests that the engine or the source holds.
+#[derive(Debug)]
+struct StubPermit {
+    _count: Arc<()>,
+    source: Weak<Mutex<StubSource>>,
+}
+
+impl Drop for StubPermit {
+    fn drop(&mut self) {
+        let breaks = self.source.upgrade().is_some_and(|source| source.lock().expect("not poisoned").panic_when_left);
+        if breaks && !std::thread::panicking() {
+            std::panic::resume_unwind(Box::new("the source broke, too"));
+        }
+    }
+}
+
 // === the reader ===
 
 #[derive(Debug)]
@@ -261,7 +272,8 @@ pub(super) struct Receiver {
     pub(super) cancel: CancelFlag,
     channel: mpsc::Receiver<TokenEvent>,
     pub(super) events: Vec<TokenEvent>,
-    n_choices: usize,
+    /// What it had before, by choice.
+    before: Vec<(Vec<u32>, Option<FinishReason>)>,
 }
 
 impl Receiver {
@@ -284,12 +296,12 @@ impl Receiver {
         self.events.iter().find_map(|event| if let TokenEvent::Failed(error) = event { Some(error) } else { None })
     }
 
-    /// Tokens and end per choice.
+    /// Tokens and end per choice, after those it had before.
     ///
     /// # Panics
     /// When the events break what `shared::token` promises.
     pub(super) fn answers(&self) -> Vec<(Vec<u32>, Option<FinishReason>)> {
-        let mut answers = vec![(Vec::new(), None); self.n_choices];
+        let mut answers = self.before.clone();
         for (at, event) in self.events.iter().enumerate() {
             match event {
                 TokenEvent::Started { .. } => assert_eq!(at, 0, "Started comes first, once"),
@@ -319,7 +331,7 @@ pub(super) struct Bench {
     pub(super) clock: ManualClock,
     pub(super) shape: Shape,
     panic_in: Arc<Mutex<Option<usize>>>,
-    permit: Arc<()>,
+    pub(super) permit: Arc<()>,
     n_jobs: u128,
 }
 
@@ -400,14 +412,19 @@ impl Bench {
         let cancel = CancelFlag::default();
         let work = Work {
             envelope: Arc::new(envelope),
+            emitted: job.emitted.clone(),
             lease: job.lease.unwrap_or(job.adapter).map(|byte| Lease::untracked(lora(byte))),
+            adapter_hit: None,
             grammar: job.grammar.clone(),
             sink,
             cancel: cancel.clone(),
-            permit: Box::new(Arc::clone(&self.permit)),
+            permit: Box::new(StubPermit { _count: Arc::clone(&self.permit), source: Arc::downgrade(&self.source) }),
         };
         self.source().waiting.push_back(work);
-        Receiver { cancel, channel, events: Vec::new(), n_choices: job.generation.n as usize }
+        let end =
+            |choice| job.emitted.is_finished(choice).then(|| reference(job, &self.shape)[choice as usize].1.clone());
+        let before = (0..job.generation.n).map(|choice| (job.emitted.tokens(choice).to_vec(), end(choice).flatten()));
+        Receiver { cancel, channel, events: Vec::new(), before: before.collect() }
     }
 
     /// One iteration; an idle one passes a millisecond.
