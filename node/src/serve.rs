@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use adapters::{AdapterCache, CacheConfig, DiskLoader, KeySource, Store};
+use adapters::{AdapterCache, CacheConfig, DiskLoader, KeySource, Objects, Store};
 use anyhow::Context;
 use axum_server::Handle;
 use axum_server::tls_rustls::RustlsConfig;
@@ -171,8 +171,19 @@ async fn open(config: ClusterConfig, node: NodeConfig, clock: Arc<dyn Clock>) ->
     let admin_key =
         AdminKey::load_or_create(&data.join("admin.key"), &options.cluster_key).context("open the admin key")?;
     let registry = Registry::open(options).await.context("open the registry")?;
-    let store = Store::open(&data.join("adapters"), config.adapters.disk_bytes).context("open the adapter store")?;
-    sweep(&store, &registry).context("clean the adapter store")?;
+    let objects = config.adapters.objects.as_ref().map(Objects::open).transpose().context("open the object store")?;
+    if objects.is_none() && config.nodes.len() > 1 {
+        tracing::warn!(
+            "adapters.objects names no object store: an adapter uploaded through one node is served by no other"
+        );
+    }
+    let disk_bytes = config.adapters.disk_bytes;
+    let store = Store::open_before(&data.join("adapters"), disk_bytes, objects).context("open the adapter store")?;
+    // In a cluster this node's copy of the registry may be late: only what can be fetched again may go.
+    if config.nodes.len() == 1 || config.adapters.objects.is_some() {
+        sweep(&store, &registry).context("clean the adapter store")?;
+    }
+    share(store.clone());
     let journal = Journal::open(&data.join("usage")).context("open the usage journal")?;
     let mut rooms = BTreeMap::new();
     for base in &config.bases {
@@ -198,6 +209,15 @@ fn sweep(store: &Store, registry: &Registry) -> Result<(), adapters::StoreError>
         tracing::info!(removed, "adapter files that nobody names were removed");
     }
     Ok(())
+}
+
+/// Puts what was stored before there was an object store into it, while the node serves already.
+fn share(store: Store) {
+    tokio::task::spawn_blocking(move || match store.share() {
+        Ok(0) => {}
+        Ok(shared) => tracing::info!(shared, "adapter files were put into the object store"),
+        Err(error) => tracing::error!(%error, "adapter files could not be put into the object store"),
+    });
 }
 
 async fn load_base(

@@ -90,6 +90,15 @@ pub struct ClientsConfig {
     pub body_bytes: usize,
 }
 
+/// Where all nodes find adapter files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ObjectsAt {
+    /// A folder that they share.
+    Folder(PathBuf),
+    /// A bucket: `s3://bucket/prefix`.
+    S3(String),
+}
+
 /// Budgets of the adapter cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdapterConfig {
@@ -101,6 +110,8 @@ pub struct AdapterConfig {
     pub host_bytes: usize,
     /// Bytes of adapter files on this node's disk.
     pub disk_bytes: u64,
+    /// What that disk is a cache of; `None` when it is all there is.
+    pub objects: Option<ObjectsAt>,
     /// Largest rank accepted.
     pub rank_max: usize,
     /// Largest file accepted.
@@ -340,10 +351,28 @@ impl Checker<'_> {
             engine_bytes: self.range(&["adapters", "engine_mib"], adapters.engine_mib, 1, 4 << 20)? << 20,
             host_bytes: self.range(&["adapters", "host_mib"], adapters.host_mib, 0, 4 << 20)? << 20,
             disk_bytes: (self.range(&["adapters", "disk_mib"], adapters.disk_mib, 1, 1 << 30)? as u64) << 20,
+            objects: self.objects(&adapters.objects)?,
             rank_max: self.range(&["adapters", "rank_max"], adapters.rank_max, 1, 256)?,
             file_bytes_max: self.range(&["adapters", "file_mib_max"], adapters.file_mib_max, 1, 512)? << 20,
             loads_at_once: self.range(&["adapters", "loads_at_once"], adapters.loads_at_once, 1, 64)?,
         })
+    }
+
+    fn objects(&self, found: &str) -> Result<Option<ObjectsAt>, ConfigError> {
+        if found.is_empty() {
+            return Ok(None);
+        }
+        let is_bucket = |rest: &str| rest.split('/').next().is_some_and(|bucket| !bucket.is_empty());
+        match found.split_once("://") {
+            None => Ok(Some(ObjectsAt::Folder(self.resolve(Path::new(found))))),
+            Some(("file", folder)) if folder.starts_with('/') => Ok(Some(ObjectsAt::Folder(folder.into()))),
+            Some(("s3", rest)) if is_bucket(rest) => Ok(Some(ObjectsAt::S3(found.to_owned()))),
+            Some(_) => Err(self.wrong(
+                &["adapters", "objects"],
+                format!("adapters.objects is {found:?}"),
+                "name a folder, file:///folder or s3://bucket/prefix",
+            )),
+        }
     }
 
     fn queue(&self, queue: &file::Queue, class_weights: [u32; 3]) -> Result<QueueConfig, ConfigError> {

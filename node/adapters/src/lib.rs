@@ -2,7 +2,7 @@
 //!
 //! Reading order: [`lease`] is what the batch holds; [`cache`] decides what stays and what goes (pure);
 //! [`residency`] answers "is it warm?" without a lock; [`store`] keeps adapter files encrypted on disk (as a [`bundle`], each
-//! tenant's copy apart), [`import`] takes them from a plain directory; [`loader`] turns a stored
+//! tenant's copy apart), in front of [`objects`] that all nodes share, [`import`] takes them from a plain directory; [`loader`] turns a stored
 //! object into packed matrices; [`handle`] is what queue and engine talk to; [`actor`] loads off the hot path.
 //!
 //! **Invariant.** While a lease lives, its slot keeps its adapter and its generation.
@@ -16,6 +16,7 @@ pub mod lease;
 pub mod cache;
 pub mod residency;
 pub mod bundle;
+pub mod objects;
 pub mod store;
 pub mod import;
 pub mod loader;
@@ -27,5 +28,6 @@ pub use cache::{CacheConfig, CacheStats};
 pub use handle::{AdapterCache, LeaseDecision};
 pub use lease::Lease;
 pub use loader::{DiskLoader, KeySource, LoadError, Loader};
+pub use objects::{Objects, ObjectsError};
 pub use store::incoming::{Incoming, Received};
 pub use store::{Store, StoreError};

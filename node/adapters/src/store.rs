@@ -9,6 +9,10 @@
 //! two tenants that upload the same bytes hold two objects under two keys, so that erasing one leaves the
 //! other. The sealed form tells damage (set the file aside) from a wrong key (leave it alone).
 //!
+//! With an object store behind it ([`crate::objects`]) the disk is a cache: a new object goes there before it gets its
+//! name here, one that is not here is fetched and checked before it gets its name ([`fetch`]), and the longest unused
+//! ones make room.
+//!
 //! New objects come through [`incoming`]. Files are read into memory, never mapped: a file cut short under a
 //! mapping would kill the process. All calls block; the cache's loader and the upload path call them on blocking
 //! threads. Which version a name points at is the registry's business.
@@ -33,8 +37,10 @@ use zeroize::Zeroizing;
 
 use crate::bundle;
 use crate::loader::HostFiles;
+use crate::objects::{Objects, ObjectsError};
 
 pub mod incoming;
+mod fetch;
 pub(crate) mod nofollow;
 #[cfg(test)]
 mod tests;
@@ -74,6 +80,14 @@ pub enum StoreError {
         /// The budget.
         budget_bytes: u64,
     },
+    /// The object store failed: see adapters.objects, and whether it can be reached.
+    #[error("adapter {}: {source}", hash.short())]
+    Objects {
+        /// Content asked for.
+        hash: ContentHash,
+        /// What it says.
+        source: ObjectsError,
+    },
     /// The operating system refused.
     #[error("adapter store: {action} {}: {source}", path.display())]
     Io {
@@ -99,6 +113,12 @@ impl From<StoreError> for RequestError {
                 "the adapter store of this node is full; hint: delete versions that are no longer used",
             ),
             StoreError::Damaged { .. } => Self::new(ErrorKind::Unavailable, "adapter_unavailable", error.to_string()),
+            // Its address stays in the log.
+            StoreError::Objects { .. } => Self::new(
+                ErrorKind::Unavailable,
+                "adapter_unavailable",
+                "the adapter's files are out of reach; hint: retry, the failure has been logged",
+            ),
             StoreError::Seal(_) | StoreError::Io { .. } => Self::internal(),
         }
     }
@@ -114,6 +134,8 @@ struct Inner {
     budget_bytes: u64,
     used_bytes: AtomicU64,
     next_tmp: AtomicU64,
+    /// What this store is a cache of.
+    objects: Option<Objects>,
     /// Held while a name appears, changes or goes, so that the counts follow what is there.
     names: Mutex<()>,
 }
@@ -121,12 +143,20 @@ struct Inner {
 // === impl Store ===
 
 impl Store {
-    /// Opens or creates the store in `dir` (mode 0700), removes what a crash left half-written, and counts
-    /// what is there.
+    /// A store of its own; see [`Self::open_before`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open(dir: &Path, budget_bytes: u64) -> Result<Self, StoreError> {
+        Self::open_before(dir, budget_bytes, None)
+    }
+
+    /// Opens or creates the store in `dir` (mode 0700), before an object store if there is one, removes what a crash
+    /// left half-written, and counts what is there.
     ///
     /// # Errors
     /// [`StoreError::Io`] when the directory cannot be made or listed.
-    pub fn open(dir: &Path, budget_bytes: u64) -> Result<Self, StoreError> {
+    pub fn open_before(dir: &Path, budget_bytes: u64, objects: Option<Objects>) -> Result<Self, StoreError> {
         for part in ["objects", "tmp", "quarantine"] {
             let path = dir.join(part);
             create_private(&path)?;
@@ -146,11 +176,12 @@ impl Store {
             budget_bytes,
             used_bytes: AtomicU64::new(used_bytes),
             next_tmp: AtomicU64::new(0),
+            objects,
             names: Mutex::new(()),
         })))
     }
 
-    /// Removes every object that is not among `named`: what a crash left between storing and registering, or between
+    /// Removes every object of this disk that is not among `named`: what a crash left between storing and registering, or between
     /// taking a name back and deleting. Called before the node serves. How many there were.
     ///
     /// # Errors
@@ -170,11 +201,22 @@ impl Store {
         Ok(removed)
     }
 
-    /// Reads and opens an adapter. Damaged files are moved to the quarantine.
+    /// Reads and opens an adapter, from the object store if this disk does not hold it. Damaged files are moved to
+    /// the quarantine.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`], [`StoreError::Damaged`], [`StoreError::Seal`], [`StoreError::Io`].
+    /// [`StoreError::NotFound`], [`StoreError::Damaged`], [`StoreError::Seal`], [`StoreError::Objects`],
+    /// [`StoreError::Full`], [`StoreError::Io`].
     pub fn read(&self, key: &TenantKey, adapter: &AdapterRef) -> Result<HostFiles, StoreError> {
+        match (self.read_here(key, adapter), &self.0.objects) {
+            (Err(StoreError::NotFound { .. } | StoreError::Damaged { .. }), Some(objects)) => {
+                self.fetch(objects, key, adapter)
+            }
+            (read, _) => read,
+        }
+    }
+
+    fn read_here(&self, key: &TenantKey, adapter: &AdapterRef) -> Result<HostFiles, StoreError> {
         let path = self.object_path(&adapter.id());
         let (mut file, n_bytes) = match nofollow::open_regular(&path) {
             Ok(opened) => opened,
@@ -184,17 +226,31 @@ impl Store {
             Err(source) => return Err(StoreError::Io { action: "open", path, source }),
         };
         let read = read_object(&mut file, n_bytes, key, adapter, &path);
-        if matches!(read, Err(StoreError::Damaged { .. })) {
-            self.quarantine(&adapter.id(), &file);
+        match &read {
+            Ok(_) if self.0.objects.is_some() => fetch::mark_used(&file),
+            Err(StoreError::Damaged { .. }) => self.quarantine(&adapter.id(), &file),
+            _ => {}
         }
         read
     }
 
-    /// Removes an adapter for good. Whether there was one.
+    /// Removes an adapter for good, also from the object store. Whether this disk held one.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`], [`StoreError::Objects`].
+    pub fn delete(&self, adapter: &AdapterRef) -> Result<bool, StoreError> {
+        let was_here = self.forget_copy(adapter)?;
+        if let Some(objects) = &self.0.objects {
+            objects.delete(&adapter.id()).map_err(|source| StoreError::Objects { hash: adapter.hash, source })?;
+        }
+        Ok(was_here)
+    }
+
+    /// Removes an adapter from this disk only. Whether there was one.
     ///
     /// # Errors
     /// [`StoreError::Io`].
-    pub fn delete(&self, adapter: &AdapterRef) -> Result<bool, StoreError> {
+    pub fn forget_copy(&self, adapter: &AdapterRef) -> Result<bool, StoreError> {
         let path = self.object_path(&adapter.id());
         let _names = self.0.names.lock();
         let bytes = match fs::symlink_metadata(&path) {
@@ -218,12 +274,19 @@ impl Store {
         self.0.budget_bytes
     }
 
-    fn object_path(&self, id: &AdapterId) -> PathBuf {
+    pub(crate) fn object_path(&self, id: &AdapterId) -> PathBuf {
         let id = id.to_string();
         self.0.dir.join("objects").join(&id[..2]).join(id)
     }
 
     fn reserve(&self, n_bytes: u64) -> Result<(), StoreError> {
+        match self.try_reserve(n_bytes) {
+            Err(StoreError::Full { .. }) if self.make_room(n_bytes)? => self.try_reserve(n_bytes),
+            reserved => reserved,
+        }
+    }
+
+    fn try_reserve(&self, n_bytes: u64) -> Result<(), StoreError> {
         let budget_bytes = self.0.budget_bytes;
         let taken = self.0.used_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
             used.checked_add(n_bytes).filter(|&total| total <= budget_bytes)
@@ -351,7 +414,7 @@ fn keep_latest(dir: &Path, n_max: usize) -> io::Result<()> {
     files[..n_over].iter().try_for_each(|(_, path)| fs::remove_file(path))
 }
 
-fn create_private(dir: &Path) -> Result<(), StoreError> {
+pub(crate) fn create_private(dir: &Path) -> Result<(), StoreError> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(io_error("create", dir))
 }
 

@@ -196,6 +196,8 @@ pub struct Adapters {
     pub host_mib: usize,
     /// MiB of adapter files on disk.
     pub disk_mib: usize,
+    /// Where all nodes find adapter files: a folder, `file:///…`, `s3://bucket/prefix`, or empty.
+    pub objects: String,
     /// Largest rank.
     pub rank_max: usize,
     /// Largest adapter file in MiB.
@@ -211,6 +213,7 @@ impl Default for Adapters {
             engine_mib: 1024,
             host_mib: 512,
             disk_mib: 10_240,
+            objects: String::new(),
             rank_max: 256,
             file_mib_max: 512,
             loads_at_once: 2,

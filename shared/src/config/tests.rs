@@ -188,3 +188,17 @@ fn the_first_three_nodes_keep_the_registry_unless_the_file_says_otherwise() {
     let six = parse(&nodes("registry = true")).expect_err("six are too many");
     assert!(six.message.contains("6 nodes keep the registry") && six.line.is_some(), "{six}");
 }
+
+#[test]
+fn the_object_store_is_a_folder_or_a_bucket() {
+    let of = |text: &str| parse(&SHIPPED.replace("objects = \"\"", &format!("objects = \"{text}\"")));
+    let found = |text: &str| of(text).expect("valid").adapters.objects;
+    assert_eq!(found(""), None);
+    assert_eq!(found("objects"), Some(ObjectsAt::Folder("/etc/tenantry/objects".into())), "relative to the file");
+    assert_eq!(found("file:///srv/objects"), Some(ObjectsAt::Folder("/srv/objects".into())));
+    assert_eq!(found("s3://bucket/prefix"), Some(ObjectsAt::S3("s3://bucket/prefix".to_owned())));
+    for wrong in ["http://example.org/x", "file://relative", "s3://", "s3:///prefix"] {
+        let error = of(wrong).expect_err("neither");
+        assert!(error.message.contains(wrong) && error.line.is_some(), "{error}");
+    }
+}

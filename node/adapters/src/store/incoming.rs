@@ -1,7 +1,7 @@
 //! The way into the store: an adapter is sealed while it arrives, read back for its check, and named last.
 //!
 //! ```text
-//! Incoming ── finish: fsync ──► Received ── publish: rename, fsync of the folder ──► object
+//! Incoming ── finish: fsync ──► Received ── publish: object store, rename, fsync of the folder ──► object
 //! ```
 //! Memory: one segment, whatever the size of the file. Nothing is visible before [`Received::publish`]; whoever drops
 //! one earlier, or dies, leaves at most a file in `tmp/`, which is never read and goes at the next open. Whether the
@@ -25,11 +25,31 @@ use crate::bundle;
 use crate::loader::HostFiles;
 
 /// A file in `tmp/` and its part of the budget; both go when it is dropped.
-struct Tmp {
-    store: Store,
-    path: PathBuf,
-    reserved_bytes: u64,
+pub(super) struct Tmp {
+    pub(super) store: Store,
+    pub(super) path: PathBuf,
+    pub(super) reserved_bytes: u64,
     published: bool,
+}
+
+impl Tmp {
+    /// An empty one and its file.
+    pub(super) fn create(store: &Store) -> Result<(Self, fs::File), StoreError> {
+        let number = store.0.next_tmp.fetch_add(1, Ordering::Relaxed);
+        let path = store.0.dir.join("tmp").join(number.to_string());
+        let mut options = fs::OpenOptions::new();
+        let options = options.read(true).write(true).create_new(true).mode(0o600);
+        let file = options.open(&path).map_err(io_error("create", &path)).map_err(|error| store.full_or(error, 0))?;
+        Ok((Self { store: store.clone(), path, reserved_bytes: 0, published: false }, file))
+    }
+
+    /// Gives it its name; durable when this returns.
+    pub(super) fn publish(mut self, adapter: &AdapterRef) -> Result<(), StoreError> {
+        let path = self.store.object_path(&adapter.id());
+        self.store.rename(&self.path, &path)?;
+        self.published = true;
+        sync_parent(&path)
+    }
 }
 
 impl Drop for Tmp {
@@ -59,13 +79,9 @@ impl Store {
     /// # Errors
     /// [`StoreError::Io`], [`StoreError::Full`].
     pub fn receive(&self, key: &TenantKey, tenant: &TenantId) -> Result<Incoming, StoreError> {
-        let number = self.0.next_tmp.fetch_add(1, Ordering::Relaxed);
-        let path = self.0.dir.join("tmp").join(number.to_string());
-        let mut options = fs::OpenOptions::new();
-        let options = options.read(true).write(true).create_new(true).mode(0o600);
-        let file = options.open(&path).map_err(io_error("create", &path)).map_err(|error| self.full_or(error, 0))?;
+        let (tmp, file) = Tmp::create(self)?;
         let mut incoming = Incoming {
-            tmp: Tmp { store: self.clone(), path, reserved_bytes: 0, published: false },
+            tmp,
             file,
             tenant: tenant.clone(),
             sealer: Sealer::new(key, tenant),
@@ -183,15 +199,19 @@ impl Received {
         read_object(&mut self.file, self.tmp.reserved_bytes, key, &self.adapter, &self.tmp.path)
     }
 
-    /// Makes it the tenant's copy of this content, in place of one that may be there. Durable when this returns.
+    /// Makes it the tenant's copy of this content, in place of one that may be there: in the object store first, so
+    /// that every node can fetch what the registry is about to name. Durable when this returns.
     ///
     /// # Errors
-    /// [`StoreError::Io`], [`StoreError::Full`]. It may be visible even so; the caller takes it back or registers it.
+    /// [`StoreError::Objects`], [`StoreError::Io`], [`StoreError::Full`]. It may be visible even so; the caller takes
+    /// it back or registers it.
     pub fn publish(mut self) -> Result<(), StoreError> {
-        let path = self.tmp.store.object_path(&self.adapter.id());
-        self.tmp.store.rename(&self.tmp.path, &path)?;
-        self.tmp.published = true;
-        sync_parent(&path)
+        if let Some(objects) = &self.tmp.store.0.objects {
+            self.file.seek(SeekFrom::Start(0)).map_err(io_error("rewind", &self.tmp.path))?;
+            let put = objects.put(&self.adapter.id(), &mut self.file);
+            put.map_err(|source| StoreError::Objects { hash: self.adapter.hash, source })?;
+        }
+        self.tmp.publish(&self.adapter)
     }
 }
 
