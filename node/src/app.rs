@@ -6,6 +6,7 @@
 mod encode;
 pub mod serve;
 mod change;
+mod follow;
 pub mod upload;
 
 use std::collections::BTreeMap;

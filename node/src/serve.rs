@@ -14,6 +14,7 @@ use anyhow::Context;
 use axum_server::Handle;
 use axum_server::tls_rustls::RustlsConfig;
 use coordinator::auth::AdminKey;
+use coordinator::registry::cluster::Cluster;
 use coordinator::registry::{Registry, RegistryOptions};
 use metrics_exporter_prometheus::PrometheusHandle;
 use parking_lot::Mutex;
@@ -118,6 +119,7 @@ pub async fn start(config: ClusterConfig, node: NodeConfig) -> anyhow::Result<Ru
     let metrics = metrics::install().context("install the metrics recorder")?;
     let (app, admin_key) = open(config, node, Arc::clone(&clock)).await?;
     let app = Arc::new(app);
+    app.follow_registry();
     let supervisor_args =
         SupervisorArgs { rooms: app.rooms().values().cloned().collect(), registry: app.registry().clone(), clock };
     let (supervisor, supervisor_end) = NodeSupervisor::spawn(None, NodeSupervisor, supervisor_args)
@@ -168,6 +170,7 @@ async fn open(config: ClusterConfig, node: NodeConfig, clock: Arc<dyn Clock>) ->
     create_private(data)?;
     let options =
         RegistryOptions::load(&data.join("registry"), &data.join("cluster.key")).context("open the registry")?;
+    let options = options.in_cluster(Cluster::alone(node.name.clone()));
     let admin_key =
         AdminKey::load_or_create(&data.join("admin.key"), &options.cluster_key).context("open the admin key")?;
     let registry = Registry::open(options).await.context("open the registry")?;

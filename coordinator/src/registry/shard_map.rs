@@ -63,6 +63,15 @@ impl<K: Sharded, V: Clone> ShardMap<K, V> {
         }
     }
 
+    /// The shards in which this map differs from `before`: as they were, and as they are.
+    pub(super) fn differing<'a>(
+        &'a self,
+        before: &'a Self,
+    ) -> impl Iterator<Item = (&'a BTreeMap<K, V>, &'a BTreeMap<K, V>)> {
+        let pairs = before.shards.iter().zip(&self.shards);
+        pairs.filter(|(was, is)| !Arc::ptr_eq(was, is)).map(|(was, is)| (&**was, &**is))
+    }
+
     /// All values, in no useful order.
     pub(super) fn values(&self) -> impl Iterator<Item = &V> {
         self.shards.iter().flat_map(|shard| shard.values())

@@ -9,10 +9,12 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-use shared::id::TenantId;
+use shared::hash::ContentHash;
+use shared::id::{AdapterName, TenantId};
 use shared::seal::{SealError, TenantKey};
 use shared::tenant::TenantContract;
 
+use super::command::Event;
 use super::record::TenantRecord;
 use super::secrets::Secrets;
 use super::shard_map::ShardMap;
@@ -198,6 +200,27 @@ impl Snapshot {
         self.tenants.get(authed.tenant()).map(|view| view.contract().clone())
     }
 
+    /// What was there in an earlier snapshot and is gone, told as the events that took it away. However it went:
+    /// command by command, or at once in a copy from another node.
+    pub fn gone_since(&self, before: &Self) -> Vec<Event> {
+        let mut gone = Vec::new();
+        for (was, is) in self.tenants.differing(&before.tenants) {
+            for (tenant, old) in was {
+                let same = is.get(tenant).filter(|new| new.record.created_epoch == old.record.created_epoch);
+                match same {
+                    Some(new) => gone.extend(versions_gone(&old.record, &new.record)),
+                    None => {
+                        let mut adapters: Vec<_> = old.record.adapters.values().map(|adapter| adapter.hash).collect();
+                        adapters.sort_unstable();
+                        adapters.dedup();
+                        gone.push(Event::TenantDeleted { tenant: tenant.clone(), adapters });
+                    }
+                }
+            }
+        }
+        gone
+    }
+
     /// One tenant. For the operator and the node's own work only: a request names no tenant, its key does.
     pub fn tenant(&self, tenant: &TenantId) -> Option<&Arc<TenantView>> {
         self.tenants.get(tenant)
@@ -209,6 +232,15 @@ impl Snapshot {
         all.sort_unstable_by(|a, b| a.record.tenant().cmp(b.record.tenant()));
         all
     }
+}
+
+fn versions_gone(old: &TenantRecord, new: &TenantRecord) -> Vec<Event> {
+    let gone = old.adapters.iter().filter(|(name, _)| !new.adapters.contains_key(*name));
+    let event = |name: &AdapterName, hash: ContentHash| {
+        let still_used = new.adapters.values().any(|adapter| adapter.hash == hash);
+        Event::AdapterVersionRemoved { name: name.clone(), hash, still_used }
+    };
+    gone.map(|(name, adapter)| event(name, adapter.hash)).collect()
 }
 
 impl fmt::Debug for Snapshot {

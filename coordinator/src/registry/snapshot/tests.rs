@@ -193,3 +193,49 @@ fn one_change_among_ten_thousand_tenants_is_cheap() {
     assert!(changed_in / 100 < Duration::from_millis(2), "a change took {:?}", changed_in / 100);
     assert!(authenticated_in / 1000 < Duration::from_micros(500), "authentication took {:?}", authenticated_in / 1000);
 }
+
+#[test]
+fn what_another_node_took_away_is_told_by_comparing() {
+    let mut world = World::new();
+    world.create("acme");
+    world.create("baker");
+    let add = |world: &mut World, name: &str, content: &str| {
+        let adapter = crate::testing::adapter(name, content);
+        world.apply(Action::AddAdapterVersion { tenant: id(name.split('-').next().expect("a name")), adapter });
+    };
+    add(&mut world, "acme-support-smollm2-v1.0.0", "one");
+    add(&mut world, "acme-support-smollm2-v1.1.0", "two");
+    add(&mut world, "acme-support-smollm2-v1.2.0", "one");
+    add(&mut world, "baker-support-smollm2-v1.0.0", "one");
+    let before = world.snapshot.clone();
+    assert_eq!(world.snapshot.gone_since(&before), []);
+    let name = |text: &str| text.parse().expect("valid version");
+    for gone in ["acme-support-smollm2-v1.0.0", "acme-support-smollm2-v1.1.0"] {
+        world.apply(Action::RemoveAdapterVersion { tenant: id("acme"), name: name(gone) });
+    }
+    // Gone and there again is gone: the new one shares nothing with it.
+    world.apply(Action::DeleteTenant { tenant: id("baker"), at_s: 9 });
+    world.create("baker");
+    world.create("cedar");
+    let (one, two) = (ContentHash::of(b"one"), ContentHash::of(b"two"));
+    let removed = |text: &str, hash, still_used| Event::AdapterVersionRemoved { name: name(text), hash, still_used };
+    let mut gone = world.snapshot.gone_since(&before);
+    gone.sort_by_key(|event| format!("{event:?}"));
+    assert_eq!(
+        gone,
+        [
+            removed("acme-support-smollm2-v1.0.0", one, true),
+            removed("acme-support-smollm2-v1.1.0", two, false),
+            Event::TenantDeleted { tenant: id("baker"), adapters: vec![one] },
+        ]
+    );
+    // A copy that arrived as a whole shares no shard, and says the same.
+    let whole = before.replaced_by(&world.state).expect("unwraps");
+    let mut at_once = whole.gone_since(&before);
+    at_once.sort_by_key(|event| format!("{event:?}"));
+    assert_eq!(at_once, gone);
+    assert!(Arc::ptr_eq(
+        whole.tenant(&id("acme")).expect("there").key(),
+        before.tenant(&id("acme")).expect("there").key()
+    ));
+}

@@ -1,0 +1,74 @@
+//! What other nodes' changes take away here: caches forget, files go.
+//!
+//! A change that this node was asked for is followed by [`super::change`], before it is answered. Whatever arrives
+//! through the registry's log, or at once in a snapshot of it, is noticed here by comparing what was known before.
+//! So an erased tenant leaves every node's memory and disk, also that of a node that was away while it happened.
+//! Files in the object store are left to the node that was asked.
+
+use std::sync::Arc;
+
+use coordinator::registry::command::Event;
+use shared::adapter::AdapterRef;
+use shared::hash::ContentHash;
+use shared::id::TenantId;
+
+use super::App;
+
+impl App {
+    /// Follows the registry until the node ends.
+    pub fn follow_registry(self: &Arc<Self>) {
+        let app = Arc::downgrade(self);
+        let mut snapshots = self.registry.subscribe();
+        let mut before = snapshots.borrow_and_update().clone();
+        tokio::spawn(async move {
+            while snapshots.changed().await.is_ok() {
+                let after = snapshots.borrow_and_update().clone();
+                let Some(app) = app.upgrade() else { return };
+                for event in after.gone_since(&before) {
+                    app.forget(&event).await;
+                }
+                before = after;
+            }
+        });
+    }
+
+    async fn forget(&self, event: &Event) {
+        let _changing = self.changing.lock().await;
+        match event {
+            Event::TenantDeleted { tenant, adapters } => {
+                self.admission.lock().forget(tenant);
+                self.rooms.values().for_each(|room| room.erase(tenant));
+                self.forget_copies(tenant, adapters).await;
+            }
+            Event::AdapterVersionRemoved { name, hash, still_used: false } => {
+                self.forget_copies(&name.client, &[*hash]).await;
+            }
+            _ => {}
+        }
+    }
+
+    async fn forget_copies(&self, tenant: &TenantId, hashes: &[ContentHash]) {
+        let copy = |hash: &ContentHash| AdapterRef { tenant: tenant.clone(), hash: *hash };
+        // Uploaded again meanwhile, perhaps under a new tenant of the same name: its file is wanted.
+        let snapshot = self.registry.snapshot();
+        let record = snapshot.tenant(tenant).map(|view| Arc::clone(view.record()));
+        let is_named = |hash: &ContentHash| {
+            record.as_ref().is_some_and(|record| record.adapters.values().any(|adapter| adapter.hash == *hash))
+        };
+        for adapter in hashes.iter().map(copy) {
+            self.rooms.values().for_each(|room| room.cache.forget(&adapter.id()));
+        }
+        let gone: Vec<AdapterRef> = hashes.iter().filter(|hash| !is_named(hash)).map(copy).collect();
+        let store = self.store.clone();
+        let removed = tokio::task::spawn_blocking(move || {
+            for adapter in gone {
+                if let Err(error) = store.forget_copy(&adapter) {
+                    tracing::warn!(tenant_id = %adapter.tenant, hash = %adapter.hash.short(), %error, "adapter file could not be deleted; its key is what matters");
+                }
+            }
+        });
+        if removed.await.is_err() {
+            tracing::error!("deleting adapter files panicked");
+        }
+    }
+}
