@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use tests::tiny::{self, AdapterSpec, Quantisation, Random, TinySpec};
 
-use crate::lab::{self, Lab, Sequence};
+use crate::lab::{self, Lab, Sequence, digest};
 
 /// Rows per step in the mixed runs.
 const ROWS_MAX: usize = 96;
@@ -39,14 +39,6 @@ fn mixes(n_adapters: usize, length_max: usize, n_max: usize) -> impl Strategy<Va
     let sequence = (1..=length_max, 0..n_adapters);
     (any::<u64>(), 1..=3_usize, prop::collection::vec(sequence, 1..=n_max), 1..=64_usize)
         .prop_map(|(seed, threads, sequences, chunk_max)| Mix { seed, threads, sequences, chunk_max })
-}
-
-fn digest(logits: &[f32]) -> blake3::Hash {
-    let mut hasher = blake3::Hasher::new();
-    logits.iter().for_each(|logit| {
-        hasher.update(&logit.to_bits().to_le_bytes());
-    });
-    hasher.finalize()
 }
 
 /// Digest of the logits at every position of a sequence that runs alone, token by token.

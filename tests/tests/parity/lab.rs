@@ -121,6 +121,15 @@ impl Lab {
     }
 }
 
+/// Digest of the bits of a row of logits.
+pub(crate) fn digest(logits: &[f32]) -> blake3::Hash {
+    let mut hasher = blake3::Hasher::new();
+    logits.iter().for_each(|logit| {
+        hasher.update(&logit.to_bits().to_le_bytes());
+    });
+    hasher.finalize()
+}
+
 /// Natural-log probabilities of all tokens, in f64.
 pub(crate) fn log_probabilities(logits: &[f32]) -> Vec<f64> {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
