@@ -6,6 +6,7 @@
 
 use std::path::PathBuf;
 
+pub mod cluster;
 pub mod operator;
 pub mod process;
 pub mod tiny;

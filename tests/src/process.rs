@@ -2,7 +2,7 @@
 //! tests please. Used by the end-to-end tests; nothing here knows the node's insides.
 
 use std::io::{BufRead, BufReader, Read};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::Duration;
@@ -64,10 +64,23 @@ impl NodeSpec {
 #[derive(Debug)]
 pub struct NodeProcess {
     child: Child,
+    /// Where `cluster.toml` is.
     folder: PathBuf,
-    http: SocketAddr,
-    admin: SocketAddr,
+    place: NodePlace,
     agent: ureq::Agent,
+}
+
+/// One node of a cluster file.
+#[derive(Debug, Clone)]
+pub struct NodePlace {
+    /// Name.
+    pub name: String,
+    /// Client port.
+    pub http: SocketAddr,
+    /// Operator port.
+    pub admin: SocketAddr,
+    /// UDP port for the other nodes.
+    pub peer: Option<SocketAddr>,
 }
 
 /// An HTTP answer.
@@ -122,40 +135,85 @@ fn free_address() -> SocketAddr {
     listener.local_addr().expect("a bound listener has an address")
 }
 
+/// The same for datagrams.
+fn free_udp_address() -> SocketAddr {
+    let socket = UdpSocket::bind("127.0.0.1:0").expect("loopback has ports");
+    socket.local_addr().expect("a bound socket has an address")
+}
+
+// === impl NodePlace ===
+
+impl NodePlace {
+    /// A node alone, on free ports.
+    pub fn alone() -> Self {
+        Self { name: "a".to_owned(), http: free_address(), admin: free_address(), peer: None }
+    }
+
+    /// Nodes `a`, `b`, `c` … of one cluster, on free ports.
+    pub fn cluster(n: usize) -> Vec<Self> {
+        let names = ('a'..='z').map(String::from);
+        names.take(n).map(|name| Self { name, peer: Some(free_udp_address()), ..Self::alone() }).collect()
+    }
+
+    fn data(&self) -> String {
+        if self.peer.is_some() { format!("data-{}", self.name) } else { "data".to_owned() }
+    }
+}
+
+/// Writes `cluster.toml` for these nodes.
+pub fn write_config(folder: &Path, spec: &NodeSpec, places: &[NodePlace]) {
+    let mut config = format!("{}\n", spec.tables);
+    for place in places {
+        let NodePlace { name, http, admin, .. } = place;
+        let data = place.data();
+        config += &format!("[[nodes]]\nname = \"{name}\"\nhttp = \"{http}\"\nadmin = \"{admin}\"\ndata = \"{data}\"\n");
+        if let Some(peer) = place.peer {
+            config += &format!("peer = \"{peer}\"\n");
+        }
+        config.push('\n');
+    }
+    let NodeSpec { model, base, aliases, numerics, panels, .. } = spec;
+    config += &format!(
+        "[[bases]]\nname = \"{base}\"\npath = \"{}\"\npanels = \"{panels}\"\naliases = {aliases:?}\nnumerics = \"{numerics}\"\n",
+        model.display()
+    );
+    std::fs::write(folder.join("cluster.toml"), config).expect("the scratch folder is writable");
+}
+
 // === impl NodeProcess ===
 
 impl NodeProcess {
     /// Starts a node in `folder` and waits until it is ready.
     pub fn start(folder: &Path, spec: &NodeSpec) -> Self {
-        let (http, admin) = (free_address(), free_address());
-        let panels = spec.panels;
-        let config = format!(
-            "{}\n[[nodes]]\nname = \"a\"\nhttp = \"{http}\"\nadmin = \"{admin}\"\ndata = \"data\"\n\n[[bases]]\nname = \"{}\"\npath = \"{}\"\npanels = \"{panels}\"\naliases = {:?}\nnumerics = \"{}\"\n",
-            spec.tables,
-            spec.base,
-            spec.model.display(),
-            spec.aliases,
-            spec.numerics
-        );
-        std::fs::write(folder.join("cluster.toml"), config).expect("the scratch folder is writable");
-        let child = spawn(folder);
+        let place = NodePlace::alone();
+        write_config(folder, spec, std::slice::from_ref(&place));
+        let mut node = Self::launch(folder, place);
+        node.wait_ready();
+        node
+    }
+
+    /// Starts a node of the cluster file in `folder`; it may not be ready yet.
+    pub fn launch(folder: &Path, place: NodePlace) -> Self {
+        let child = spawn(folder, &place.name);
         let agent = ureq::Agent::config_builder()
             .http_status_as_error(false)
             .timeout_global(Some(Duration::from_secs(120)))
             .build()
             .into();
-        let mut node = Self { child, folder: folder.to_owned(), http, admin, agent };
-        node.wait_ready();
-        node
+        Self { child, folder: folder.to_owned(), place, agent }
     }
 
-    fn wait_ready(&mut self) {
+    /// Waits until the node says that it is ready.
+    ///
+    /// # Panics
+    /// After 30 seconds, or when the node ended.
+    pub fn wait_ready(&mut self) {
         for _ in 0..600 {
             if let Some(status) = self.child.try_wait().expect("the child can be asked") {
                 panic!("the node ended with {status}:\n{}", self.log());
             }
-            if self.agent.get(format!("http://{}/readyz", self.http)).call().is_ok_and(|answer| answer.status() == 200)
-            {
+            let ready = self.agent.get(format!("{}/readyz", self.url())).call();
+            if ready.is_ok_and(|answer| answer.status() == 200) {
                 return;
             }
             std::thread::sleep(Duration::from_millis(50));
@@ -165,27 +223,32 @@ impl NodeProcess {
 
     /// The log so far.
     pub fn log(&self) -> String {
-        std::fs::read_to_string(self.folder.join("node.log")).unwrap_or_default()
+        std::fs::read_to_string(log_file(&self.folder, &self.place.name)).unwrap_or_default()
+    }
+
+    /// Its name in the cluster file.
+    pub fn name(&self) -> &str {
+        &self.place.name
     }
 
     /// The node's data folder.
     pub fn data(&self) -> PathBuf {
-        self.folder.join("data")
+        self.folder.join(self.place.data())
     }
 
     /// Base URL of the client API.
     pub fn url(&self) -> String {
-        format!("http://{}", self.http)
+        format!("http://{}", self.place.http)
     }
 
     /// Address of the client port.
     pub fn http(&self) -> SocketAddr {
-        self.http
+        self.place.http
     }
 
     /// Base URL of the admin API.
     pub fn admin_url(&self) -> String {
-        format!("http://{}", self.admin)
+        format!("http://{}", self.place.admin)
     }
 
     /// The operator's key.
@@ -224,10 +287,20 @@ impl NodeProcess {
 
     /// kill -9, then a new process on the same data.
     pub fn kill_and_restart(&mut self) {
+        self.kill();
+        self.restart();
+        self.wait_ready();
+    }
+
+    /// kill -9.
+    pub fn kill(&mut self) {
         self.child.kill().expect("the process can be killed");
         self.child.wait().expect("a killed process ends");
-        self.child = spawn(&self.folder);
-        self.wait_ready();
+    }
+
+    /// A new process on the same data; the old one has ended.
+    pub fn restart(&mut self) {
+        self.child = spawn(&self.folder, &self.place.name);
     }
 
     /// Sends a signal by name, such as `TERM`.
@@ -251,7 +324,8 @@ impl NodeProcess {
     /// Runs `tenantry ctl` and returns everything.
     pub fn ctl_output(&self, words: &[&str]) -> Output {
         let mut command = Command::new(binary());
-        command.arg("ctl").arg("--config").arg(self.folder.join("cluster.toml")).args(words);
+        command.arg("ctl").arg("--config").arg(self.folder.join("cluster.toml"));
+        command.args(["--node", &self.place.name]).args(words);
         command.output().expect("tenantry ctl runs")
     }
 
@@ -381,10 +455,14 @@ impl Drop for NodeProcess {
     }
 }
 
-fn spawn(folder: &Path) -> Child {
-    let log = std::fs::OpenOptions::new().create(true).append(true).open(folder.join("node.log")).expect("a log file");
+fn log_file(folder: &Path, name: &str) -> PathBuf {
+    folder.join(format!("node-{name}.log"))
+}
+
+fn spawn(folder: &Path, name: &str) -> Child {
+    let log = std::fs::OpenOptions::new().create(true).append(true).open(log_file(folder, name)).expect("a log file");
     Command::new(binary())
-        .args(["node", "--name", "a", "--config"])
+        .args(["node", "--name", name, "--config"])
         .arg(folder.join("cluster.toml"))
         .stdout(Stdio::null())
         .stderr(log)

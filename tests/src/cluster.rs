@@ -1,0 +1,146 @@
+//! Several real nodes of one cluster as processes, and clients that stream from them while nodes come and go.
+//!
+//! Used by the end-to-end tests and by `scripts/chaos`; knows nothing of a node's insides.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use shared::clock::{Clock, SystemClock};
+
+use crate::operator::agent;
+use crate::process::{NodePlace, NodeProcess, NodeSpec, write_config};
+
+/// Running nodes of one cluster file. Killed when dropped.
+#[derive(Debug)]
+pub struct Cluster {
+    /// In the order of the file: `a`, `b`, `c` …
+    pub nodes: Vec<NodeProcess>,
+    folder: PathBuf,
+}
+
+/// What one streamed completion brought.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Streamed {
+    /// Token ids, in order of arrival.
+    pub ids: Vec<u32>,
+    /// Why it ended, as the last chunk says; `None` when it broke off.
+    pub finish: Option<String>,
+    /// What went wrong.
+    pub error: Option<String>,
+    /// From sending the request to the first token.
+    pub first: Duration,
+    /// Between the arrivals of tokens.
+    pub gaps: Vec<Duration>,
+}
+
+/// A streamed completion under way.
+#[derive(Debug)]
+pub struct Streaming {
+    n_tokens: Arc<AtomicUsize>,
+    thread: JoinHandle<Streamed>,
+}
+
+// === impl Cluster ===
+
+impl Cluster {
+    /// Starts `n` nodes in `folder` and waits until all are ready.
+    pub fn start(folder: &Path, spec: &NodeSpec, n: usize) -> Self {
+        let places = NodePlace::cluster(n);
+        write_config(folder, spec, &places);
+        let mut nodes: Vec<NodeProcess> = places.into_iter().map(|place| NodeProcess::launch(folder, place)).collect();
+        nodes.iter_mut().for_each(NodeProcess::wait_ready);
+        Self { nodes, folder: folder.to_owned() }
+    }
+
+    /// Where the cluster file is.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// What the log of every node says, for the message of a failing test.
+    pub fn logs(&self) -> String {
+        self.nodes.iter().map(|node| format!("--- node {}\n{}\n", node.name(), node.log())).collect()
+    }
+}
+
+// === impl Streaming ===
+
+impl Streaming {
+    /// Sends a completion with `"stream": true` to this node.
+    pub fn start(node: &NodeProcess, key: &str, body: &Value) -> Self {
+        let (url, key, mut body) = (format!("{}/v1/completions", node.url()), key.to_owned(), body.clone());
+        body["stream"] = json!(true);
+        body["return_token_ids"] = json!(true);
+        let n_tokens = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&n_tokens);
+        Self { n_tokens, thread: std::thread::spawn(move || stream(&url, &key, &body, &counter)) }
+    }
+
+    /// Tokens that have arrived.
+    pub fn n_tokens(&self) -> usize {
+        self.n_tokens.load(Ordering::Relaxed)
+    }
+
+    /// Whether it ended, well or not.
+    pub fn is_over(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// Waits for the end.
+    pub fn join(self) -> Streamed {
+        self.thread.join().expect("a reader does not panic")
+    }
+}
+
+fn stream(url: &str, key: &str, body: &Value, counter: &AtomicUsize) -> Streamed {
+    let mut streamed = Streamed::default();
+    let sent = SystemClock.now();
+    let request = agent().post(url).header("authorization", format!("Bearer {key}"));
+    let response = match request.header("content-type", "application/json").send(body.to_string()) {
+        Ok(response) if response.status() == 200 => response,
+        Ok(response) => {
+            streamed.error = Some(crate::process::read(response).text);
+            return streamed;
+        }
+        Err(error) => {
+            streamed.error = Some(error.to_string());
+            return streamed;
+        }
+    };
+    let mut last = None;
+    for line in BufReader::new(response.into_body().into_reader()).lines() {
+        let line = match line {
+            Ok(line) => line,
+            Err(error) => {
+                streamed.error = Some(error.to_string());
+                break;
+            }
+        };
+        let Some(data) = line.strip_prefix("data: ").filter(|data| *data != "[DONE]") else { continue };
+        let event: Value = serde_json::from_str(data).expect("an event is JSON");
+        if !event["error"].is_null() {
+            streamed.error = Some(event["error"].to_string());
+        }
+        let choice = &event["choices"][0];
+        let ids = choice["token_ids"].as_array().into_iter().flatten();
+        let before = streamed.ids.len();
+        streamed.ids.extend(ids.map(|id| id.as_u64().expect("an id") as u32));
+        if streamed.ids.len() > before {
+            let now = SystemClock.now();
+            match last.replace(now) {
+                Some(last) => streamed.gaps.push(now - last),
+                None => streamed.first = now - sent,
+            }
+            counter.store(streamed.ids.len(), Ordering::Relaxed);
+        }
+        if let Some(reason) = choice["finish_reason"].as_str() {
+            streamed.finish = Some(reason.to_owned());
+        }
+    }
+    streamed
+}
