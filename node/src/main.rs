@@ -26,6 +26,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    kernels::memory::bound_arenas();
     let cli = Cli::parse();
     let outcome = match cli.command {
         Command::Node(args) => serve::run(&args),
