@@ -158,7 +158,7 @@ impl Default for Engine {
             threads: 0,
             rows_per_step: 256,
             prefill_chunk: 256,
-            prefill_stretch: 0.8,
+            prefill_stretch: 1.0,
             sequences: 64,
             kv_mib: 512,
             prefix_cache_share: 0.25,
