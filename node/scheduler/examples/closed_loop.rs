@@ -21,7 +21,7 @@ use scheduler::source::{CancelFlag, Charge, Room, Work, WorkSource};
 use scheduler::vocab::Vocabulary;
 use shared::clock::{Clock, SystemClock};
 use shared::id::{RequestId, Route};
-use shared::request::{Envelope, Generation, Sampling};
+use shared::request::{Emitted, Envelope, Generation, Sampling};
 use shared::tenant::Tier;
 use shared::token::TokenEvent;
 use tokio::sync::mpsc;
@@ -81,8 +81,6 @@ impl WorkSource for Source {
     }
 
     fn charge(&mut self, _: Tier, _: &Route, _: Charge) {}
-
-    fn left(&mut self, _: RequestId) {}
 
     fn park(&mut self, _: Duration) {}
 
@@ -144,7 +142,9 @@ impl Load {
         };
         self.waiting.lock().expect("one thread").push_back(Work {
             envelope: Arc::new(envelope),
+            emitted: Emitted::default(),
             lease: None,
+            adapter_hit: None,
             grammar: None,
             sink,
             cancel: CancelFlag::default(),
