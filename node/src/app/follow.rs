@@ -48,17 +48,18 @@ impl App {
     }
 
     async fn forget_copies(&self, tenant: &TenantId, hashes: &[ContentHash]) {
-        let copy = |hash: &ContentHash| AdapterRef { tenant: tenant.clone(), hash: *hash };
-        // Uploaded again meanwhile, perhaps under a new tenant of the same name: its file is wanted.
+        // Uploaded again meanwhile, perhaps under a new tenant of the same name: it is wanted, and may be on its way
+        // into memory.
         let snapshot = self.registry.snapshot();
         let record = snapshot.tenant(tenant).map(|view| Arc::clone(view.record()));
         let is_named = |hash: &ContentHash| {
             record.as_ref().is_some_and(|record| record.adapters.values().any(|adapter| adapter.hash == *hash))
         };
-        for adapter in hashes.iter().map(copy) {
+        let copy = |hash: &ContentHash| AdapterRef { tenant: tenant.clone(), hash: *hash };
+        let gone: Vec<AdapterRef> = hashes.iter().filter(|hash| !is_named(hash)).map(copy).collect();
+        for adapter in &gone {
             self.rooms.values().for_each(|room| room.cache.forget(&adapter.id()));
         }
-        let gone: Vec<AdapterRef> = hashes.iter().filter(|hash| !is_named(hash)).map(copy).collect();
         let store = self.store.clone();
         let removed = tokio::task::spawn_blocking(move || {
             for adapter in gone {
