@@ -40,7 +40,7 @@ const ARENAS_MIN: usize = 2;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 const ARENAS_MAX: usize = 8;
 
-/// Bounds the number of arenas; called once by the binary, before it starts threads: one a core between [`ARENAS_MIN`] and [`ARENAS_MAX`]. Does nothing where the C
+/// Bounds the number of arenas; called once by the binary, before it starts threads: one a core, from two to eight. Does nothing where the C
 /// library is not glibc, or where its environment variable `MALLOC_ARENA_MAX` says otherwise.
 pub fn bound_arenas() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]

@@ -1,7 +1,7 @@
 //! Who keeps the registry together with this node, and the way to them.
 //!
 //! The node gives this to [`super::RegistryOptions`]; its transport is the node's QUIC. Not here: who is alive
-//! (membership), what the messages say ([`super::raft::network`]).
+//! (membership), what the messages say (`raft::network`).
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -11,7 +11,7 @@
 //! the old one's place, and the old one is overwritten. A crash at any point is finished at the next start. (Copies below the file
 //! system, such as snapshots and worn flash cells, are beyond its reach: the cluster key protects those.)
 //!
-//! Called by [`super::disk`] only; it blocks. It decides nothing about tenants.
+//! Called by `disk` only; it blocks. It decides nothing about tenants.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};

@@ -10,7 +10,7 @@
 //! other. The sealed form tells damage (set the file aside) from a wrong key (leave it alone).
 //!
 //! With an object store behind it ([`crate::objects`]) the disk is a cache: a new object goes there before it gets its
-//! name here, one that is not here is fetched and checked before it gets its name ([`fetch`]), and the longest unused
+//! name here, one that is not here is fetched and checked before it gets its name (`fetch`), and the longest unused
 //! ones make room.
 //!
 //! New objects come through [`incoming`]. Files are read into memory, never mapped: a file cut short under a
