@@ -6,13 +6,12 @@
 
 use std::sync::Arc;
 
-use coordinator::registry::command::{Applied, Command, Event};
+use coordinator::registry::command::{Applied, Command};
 use shared::adapter::AdapterRef;
 use shared::error::RequestError;
-use shared::hash::ContentHash;
-use shared::id::TenantId;
 
 use super::App;
+use super::follow::Reach;
 
 impl App {
     /// Applies a command to the registry and makes the rest of the node follow.
@@ -26,43 +25,23 @@ impl App {
             let applied = app.registry.apply(command).await?;
             for event in &applied.events {
                 tracing::info!(?event, epoch = applied.epoch, "registry changed");
-                app.follow(event).await;
+                app.follow(event, Reach::Everywhere).await;
             }
             Ok(applied)
         };
         tokio::spawn(change).await.map_err(|_| RequestError::internal())?
     }
 
-    async fn follow(&self, event: &Event) {
-        match event {
-            Event::TenantDeleted { tenant, adapters } => {
-                self.admission.lock().forget(tenant);
-                self.rooms.values().for_each(|room| room.erase(tenant));
-                self.delete_adapters(tenant, adapters).await;
-            }
-            Event::AdapterVersionRemoved { name, hash, still_used: false } => {
-                self.delete_adapters(&name.client, &[*hash]).await;
-            }
-            _ => {}
-        }
-    }
-
-    /// Memory first, files off the async threads.
-    async fn delete_adapters(&self, tenant: &TenantId, hashes: &[ContentHash]) {
-        let adapters: Vec<AdapterRef> =
-            hashes.iter().map(|hash| AdapterRef { tenant: tenant.clone(), hash: *hash }).collect();
-        for adapter in &adapters {
-            self.rooms.values().for_each(|room| room.cache.forget(&adapter.id()));
-        }
-        self.delete_files(adapters).await;
-    }
-
     /// Deletes files that no name points at any more. What fails here is gone at the next start.
-    pub(super) async fn delete_files(&self, adapters: Vec<AdapterRef>) {
+    pub(super) async fn delete_files(&self, adapters: Vec<AdapterRef>, reach: Reach) {
         let store = self.store.clone();
         let deleted = tokio::task::spawn_blocking(move || {
             for adapter in adapters {
-                if let Err(error) = store.delete(&adapter) {
+                let deleted = match reach {
+                    Reach::Everywhere => store.delete(&adapter),
+                    Reach::ThisNode => store.forget_copy(&adapter),
+                };
+                if let Err(error) = deleted {
                     tracing::warn!(tenant_id = %adapter.tenant, hash = %adapter.hash.short(), %error, "adapter file could not be deleted; its key is what matters");
                 }
             }

@@ -1,4 +1,4 @@
-//! What other nodes' changes take away here: caches forget, files go.
+//! What changes of the registry take away here: caches forget, files go.
 //!
 //! A change that this node was asked for is followed by [`super::change`], before it is answered. Whatever arrives
 //! through the registry's log, or at once in a snapshot of it, is noticed here by comparing what was known before.
@@ -14,6 +14,15 @@ use shared::id::TenantId;
 
 use super::App;
 
+/// Whose files go with a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reach {
+    /// This node was asked: the object store's, too.
+    Everywhere,
+    /// Another node was asked: only this disk's.
+    ThisNode,
+}
+
 impl App {
     /// Follows the registry until the node ends.
     pub fn follow_registry(self: &Arc<Self>) {
@@ -25,29 +34,31 @@ impl App {
                 let after = snapshots.borrow_and_update().clone();
                 let Some(app) = app.upgrade() else { return };
                 for event in after.gone_since(&before) {
-                    app.forget(&event).await;
+                    let _changing = app.changing.lock().await;
+                    app.follow(&event, Reach::ThisNode).await;
                 }
                 before = after;
             }
         });
     }
 
-    async fn forget(&self, event: &Event) {
-        let _changing = self.changing.lock().await;
+    /// What an event takes away leaves this node's memory and the files that `reach` says. The caller holds
+    /// `changing`, so that no name is given to a file meanwhile.
+    pub(super) async fn follow(&self, event: &Event, reach: Reach) {
         match event {
             Event::TenantDeleted { tenant, adapters } => {
                 self.admission.lock().forget(tenant);
                 self.rooms.values().for_each(|room| room.erase(tenant));
-                self.forget_copies(tenant, adapters).await;
+                self.forget(tenant, adapters, reach).await;
             }
             Event::AdapterVersionRemoved { name, hash, still_used: false } => {
-                self.forget_copies(&name.client, &[*hash]).await;
+                self.forget(&name.client, &[*hash], reach).await;
             }
             _ => {}
         }
     }
 
-    async fn forget_copies(&self, tenant: &TenantId, hashes: &[ContentHash]) {
+    async fn forget(&self, tenant: &TenantId, hashes: &[ContentHash], reach: Reach) {
         // Uploaded again meanwhile, perhaps under a new tenant of the same name: it is wanted, and may be on its way
         // into memory.
         let snapshot = self.registry.snapshot();
@@ -57,19 +68,10 @@ impl App {
         };
         let copy = |hash: &ContentHash| AdapterRef { tenant: tenant.clone(), hash: *hash };
         let gone: Vec<AdapterRef> = hashes.iter().filter(|hash| !is_named(hash)).map(copy).collect();
+        // Memory first, files off the async threads.
         for adapter in &gone {
             self.rooms.values().for_each(|room| room.cache.forget(&adapter.id()));
         }
-        let store = self.store.clone();
-        let removed = tokio::task::spawn_blocking(move || {
-            for adapter in gone {
-                if let Err(error) = store.forget_copy(&adapter) {
-                    tracing::warn!(tenant_id = %adapter.tenant, hash = %adapter.hash.short(), %error, "adapter file could not be deleted; its key is what matters");
-                }
-            }
-        });
-        if removed.await.is_err() {
-            tracing::error!("deleting adapter files panicked");
-        }
+        self.delete_files(gone, reach).await;
     }
 }

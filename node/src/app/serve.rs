@@ -1,7 +1,7 @@
 //! Hops 5 and 6 on the node that does the work: run an admitted request here, from what its client has already.
 //!
-//! [`App::admit`](super::App) comes here with requests that run where they came in, the peer door with those of
-//! other nodes. Nothing is admitted, counted or metered here: that happened where the client is.
+//! [`App::admit`](super::App) comes here. Nothing is admitted, counted or metered here: that happened where the client
+//! is, which may be another node one day.
 
 use std::sync::Arc;
 

@@ -181,7 +181,7 @@ impl App {
                 let record = snapshot.tenant(&adapter.tenant).map(|view| Arc::clone(view.record()));
                 // The tenant may have the same bytes under another name.
                 if !record.is_some_and(|record| record.adapters.values().any(|stored| stored.hash == adapter.hash)) {
-                    self.delete_files(vec![adapter]).await;
+                    self.delete_files(vec![adapter], super::follow::Reach::Everywhere).await;
                 }
                 Err(error)
             }
