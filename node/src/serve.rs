@@ -175,10 +175,8 @@ async fn open(config: ClusterConfig, node: NodeConfig, clock: Arc<dyn Clock>) ->
         AdminKey::load_or_create(&data.join("admin.key"), &options.cluster_key).context("open the admin key")?;
     let registry = Registry::open(options).await.context("open the registry")?;
     let objects = config.adapters.objects.as_ref().map(Objects::open).transpose().context("open the object store")?;
-    if objects.is_none() && config.nodes.len() > 1 {
-        tracing::warn!(
-            "adapters.objects names no object store: an adapter uploaded through one node is served by no other"
-        );
+    if config.nodes.len() > 1 {
+        tracing::warn!("this version does not join nodes into a cluster: each serves alone, with tenants of its own");
     }
     let disk_bytes = config.adapters.disk_bytes;
     let store = Store::open_before(&data.join("adapters"), disk_bytes, objects).context("open the adapter store")?;
@@ -189,7 +187,7 @@ async fn open(config: ClusterConfig, node: NodeConfig, clock: Arc<dyn Clock>) ->
     share(store.clone());
     let journal = Journal::open(&data.join("usage")).context("open the usage journal")?;
     let mut rooms = BTreeMap::new();
-    for base in &config.bases {
+    for base in config.bases.iter().filter(|base| node.bases.contains(&base.name)) {
         let room = load_base(base, &config, &store, &registry, Arc::clone(&clock)).await?;
         rooms.insert(base.name.clone(), Arc::new(room));
     }
