@@ -8,7 +8,7 @@
 //! pairs can be measured in pieces.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -60,6 +60,9 @@ fn drive(
     max_tokens: u32,
     seconds: u64,
 ) -> BTreeMap<String, Seen> {
+    /// No run asks what an earlier one asked: the prefix cache would answer some and not others.
+    static RUNS: AtomicUsize = AtomicUsize::new(0);
+    let run = RUNS.fetch_add(1, Ordering::Relaxed);
     let stop = AtomicBool::new(false);
     let seen: BTreeMap<String, Arc<Mutex<Seen>>> =
         clients.keys().map(|tenant| (tenant.clone(), Arc::default())).collect();
@@ -70,7 +73,7 @@ fn drive(
                 let (stop, seen) = (&stop, Arc::clone(&seen[tenant]));
                 scope.spawn(move || {
                     let mut mine = Seen::default();
-                    let mut round = client * 1_000_000;
+                    let mut round = run * 1_000_000_000 + client * 1_000_000;
                     while !stop.load(Ordering::Relaxed) {
                         let early = now() < counted_from;
                         ask(node, key, max_tokens, round, &mut mine);
