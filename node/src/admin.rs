@@ -2,10 +2,11 @@
 //!
 //! Every route but health needs the node's admin key. Handlers translate bodies to registry commands; the
 //! registry decides. Reading order: [`api`] is what operators send and see, `tenants` and `adapters` are
-//! the handlers, `status` reads the node's state.
+//! the handlers, `status` and `cluster` read the state of the node and of its cluster.
 
 pub mod api;
 mod adapters;
+mod cluster;
 mod status;
 mod tenants;
 
@@ -56,6 +57,9 @@ pub fn router(admin: Arc<Admin>) -> Router {
         .route("/admin/v1/tenants/{tenant}/keys", post(tenants::add_key))
         .route("/admin/v1/tenants/{tenant}/keys/{key}", delete(tenants::revoke_key))
         .route("/admin/v1/tenants/{tenant}/tasks/{task}", put(tenants::point_task).delete(tenants::remove_task))
+        .route("/admin/v1/cluster", get(cluster::show))
+        .route("/admin/v1/cluster/tenants", get(cluster::tenants))
+        .route("/admin/v1/drain", post(cluster::drain))
         .route("/metrics", get(status::metrics))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX));
     let uploads = Router::new()

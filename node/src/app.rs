@@ -21,20 +21,23 @@ use coordinator::registry::Registry;
 use coordinator::resolve::{Target, resolve, visible_models};
 use parking_lot::Mutex;
 use shared::clock::Clock;
+use shared::cluster::{NodeLoad, NodePhase};
 use shared::config::{ClusterConfig, NodeConfig};
 use shared::error::{ErrorKind, RequestError};
 use shared::id::{BaseName, Route, TenantId};
 use shared::request::{Emitted, Envelope, Generation};
 use shared::tenant::TenantContract;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 
 use crate::base_room::BaseRoom;
+use crate::cluster::ClusterNode;
 use crate::gateway::backend::{
     Backend, CancelOnDrop, Check, Events, ModelCard, Prepared, RateState, Refused, Running, Served,
 };
 use crate::metering::Tap;
 use crate::metering::journal::Journal;
 use crate::metrics;
+use crate::prewarm::Prewarmer;
 
 /// Long inputs encoded at once: each may take 0.7 s of a core and 140 MB for 1 MiB of text.
 const ENCODING_AT_ONCE: usize = 2;
@@ -49,9 +52,13 @@ pub struct App {
     rooms: BTreeMap<BaseName, Arc<BaseRoom>>,
     store: Store,
     journal: Journal,
+    cluster: Option<Arc<ClusterNode>>,
     draining: AtomicBool,
     /// True ends what still runs.
     stop: watch::Sender<bool>,
+    /// An operator wants the node to end.
+    asked_to_end: Notify,
+    prewarmer: Prewarmer,
     /// Places for encoding long inputs and compiling grammars, so that they never crowd out the engine.
     encoding: Semaphore,
     /// Places for checking uploads, each of which holds a whole file in memory.
@@ -76,6 +83,8 @@ pub struct AppParts {
     pub store: Store,
     /// Usage records.
     pub journal: Journal,
+    /// The other nodes; `None` for a node alone.
+    pub cluster: Option<Arc<ClusterNode>>,
 }
 
 // === impl App ===
@@ -83,7 +92,7 @@ pub struct AppParts {
 impl App {
     /// Puts the parts together.
     pub fn new(parts: AppParts) -> Self {
-        let AppParts { config, node, clock, registry, rooms, store, journal } = parts;
+        let AppParts { config, node, clock, registry, rooms, store, journal, cluster } = parts;
         let (draining, encoding) = (AtomicBool::new(false), Semaphore::new(ENCODING_AT_ONCE));
         let (checking, changing) = (Semaphore::new(upload::CHECKED_AT_ONCE), tokio::sync::Mutex::default());
         let (admission, stop) = (Arc::default(), watch::Sender::new(false));
@@ -96,8 +105,11 @@ impl App {
             rooms,
             store,
             journal,
+            cluster,
             draining,
             stop,
+            asked_to_end: Notify::new(),
+            prewarmer: Prewarmer::default(),
             encoding,
             checking,
             changing,
@@ -129,6 +141,21 @@ impl App {
         &self.journal
     }
 
+    /// The other nodes; `None` for a node alone.
+    pub fn cluster(&self) -> Option<&Arc<ClusterNode>> {
+        self.cluster.as_ref()
+    }
+
+    /// What is likely to be asked for here.
+    pub fn prewarmer(&self) -> &Prewarmer {
+        &self.prewarmer
+    }
+
+    /// Wall time since the Unix epoch.
+    pub fn wall(&self) -> Duration {
+        self.clock.wall()
+    }
+
     /// Seconds since the Unix epoch, for records.
     pub fn wall_s(&self) -> u64 {
         self.clock.wall().as_secs()
@@ -144,6 +171,16 @@ impl App {
         self.draining.store(true, Ordering::Release);
     }
 
+    /// The node ends as on SIGTERM, now or as soon as it listens for this.
+    pub fn ask_to_end(&self) {
+        self.asked_to_end.notify_one();
+    }
+
+    /// Ends when an operator wants the node to.
+    pub async fn asked_to_end(&self) {
+        self.asked_to_end.notified().await;
+    }
+
     /// Ends what still runs with an error that says the node is stopping.
     pub fn fail_running(&self) {
         self.stop.send_replace(true);
@@ -152,6 +189,25 @@ impl App {
     /// Whether the node is stopping.
     pub fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Acquire)
+    }
+
+    /// Tells the other nodes, if there are any, what this one does.
+    pub fn say(&self, phase: NodePhase) {
+        if let Some(cluster) = &self.cluster {
+            cluster.say(phase, self.load());
+        }
+    }
+
+    /// How busy the node is, all bases together.
+    pub fn load(&self) -> NodeLoad {
+        let mut load = NodeLoad::default();
+        for room in self.rooms.values() {
+            let engine = room.stats.load().snapshot();
+            load.running += engine.sequences_running as u32;
+            load.places += room.engine.scheduling.sequences_max as u32;
+            load.waiting += room.queue.n_waiting() as u32;
+        }
+        load
     }
 
     /// Requests that wait or run.
@@ -168,6 +224,11 @@ impl App {
                 format!("this node does not serve the base {base}"),
             )
         })
+    }
+
+    /// False on a node that has just joined and has not heard of any tenant: what it does not know, others may.
+    fn knows_tenants(&self) -> bool {
+        self.registry.snapshot().epoch() > 0 || self.registry.status().borrow().leader.is_some()
     }
 
     /// Whether new requests may come in.
@@ -214,11 +275,15 @@ impl App {
 
         let reserved = Reserved::new(&self.admission, admitted.reservation);
 
-        // Whose turn? The queue answers at once: waiting, or 429.
+        // Where does it run? Alone: here, and the queue answers at once (waiting, or 429). Otherwise where the
+        // cluster says, and whatever is wrong there comes as an event.
         let envelope = Arc::new(self.envelope(who, &contract, &target, &request, Arc::clone(&generation), now));
-        let serving = match self.serve(Arc::clone(&envelope), Emitted::default(), 0).await {
-            Ok(serving) => serving,
-            Err(error) => return Err(Refused { error, rate: Some(rate_state(admitted.rate)) }),
+        let serving = match &self.cluster {
+            Some(cluster) => cluster.forward(Envelope::clone(&envelope), &contract),
+            None => match self.serve(Arc::clone(&envelope), Emitted::default(), 0).await {
+                Ok(serving) => serving,
+                Err(error) => return Err(Refused { error, rate: Some(rate_state(admitted.rate)) }),
+            },
         };
 
         let tap = self.tap(who, &contract, &envelope, reserved.keep());
@@ -272,6 +337,11 @@ impl Backend for App {
     type Who = AuthedTenant;
 
     fn authenticate(&self, bearer: &str) -> Result<AuthedTenant, RequestError> {
+        if !self.knows_tenants() {
+            let message = "this node has not heard of any tenant yet; hint: retry shortly, or ask another node";
+            let error = RequestError::new(ErrorKind::Unavailable, "registry_unknown", message);
+            return Err(error.retry_after(Duration::from_secs(1)));
+        }
         self.registry.snapshot().authenticate(bearer, self.wall_s()).map_err(|error| {
             metrics::rejected(None, "invalid_api_key");
             error.into()
@@ -328,6 +398,12 @@ impl Backend for App {
             detail: format!("{backlog} records wait for the disk"),
         });
         checks.push(Check { name: "admitting", ok: !self.is_draining(), detail: String::new() });
+        if let Some(cluster) = &self.cluster {
+            let detail = "every other node has been heard, or waited for".to_owned();
+            checks.push(Check { name: "cluster", ok: cluster.has_looked_round(), detail });
+            let detail = "tenants are known, or a leader to learn them from".to_owned();
+            checks.push(Check { name: "registry", ok: self.knows_tenants(), detail });
+        }
         checks
     }
 

@@ -15,7 +15,8 @@ use shared::id::{AdapterName, BaseName, NodeId, TaskName, TenantId};
 use shared::tenant::{Fallback, Tier};
 
 use crate::admin::api::{
-    ContractPatch, CreateKey, CreateTenant, NewKey, PointTask, TenantCreated, TenantList, TenantView, UpdateTenant,
+    ContractPatch, CreateKey, CreateTenant, DrainNode, NewKey, PointTask, TenantCreated, TenantList, TenantView,
+    UpdateTenant,
 };
 use crate::client::{Client, key_from};
 
@@ -45,6 +46,17 @@ pub struct CtlArgs {
 enum Command {
     /// What the node is doing.
     Status,
+    /// Who is in the cluster, alive, and home to how many tenants, as one node sees it.
+    Cluster {
+        /// Also list every tenant: who serves it, and what of it is in the asked node's memory.
+        #[arg(long)]
+        tenants: bool,
+    },
+    /// Let a node hand over what it has and end, as SIGTERM does.
+    Drain {
+        /// Which node.
+        name: NodeId,
+    },
     /// Tenants and their contracts.
     #[command(subcommand)]
     Tenant(TenantCommand),
@@ -245,9 +257,18 @@ enum TaskCommand {
 
 /// Runs one command.
 pub fn run(args: &CtlArgs) -> anyhow::Result<()> {
-    let client = connect(args)?;
+    let node = match &args.command {
+        Command::Drain { name } => Some(name),
+        _ => args.node.as_ref(),
+    };
+    let client = connect(args, node)?;
     match &args.command {
         Command::Status => print(&client.get::<Value>("/admin/v1/status")?),
+        Command::Cluster { tenants: false } => print(&client.get::<Value>("/admin/v1/cluster")?),
+        Command::Cluster { tenants: true } => print(&client.get::<Value>("/admin/v1/cluster/tenants")?),
+        Command::Drain { name } => {
+            print(&client.send::<Value>("POST", "/admin/v1/drain", &DrainNode { node: name.clone() })?)
+        }
         Command::Tenant(command) => tenant(&client, command),
         Command::Key(command) => key(&client, command),
         Command::Adapter(command) => adapter(&client, command),
@@ -256,12 +277,12 @@ pub fn run(args: &CtlArgs) -> anyhow::Result<()> {
 }
 
 /// The node's admin port and key, from the command line or the cluster file.
-fn connect(args: &CtlArgs) -> anyhow::Result<Client> {
+fn connect(args: &CtlArgs, node: Option<&NodeId>) -> anyhow::Result<Client> {
     if let (Some(url), Some(key)) = (&args.url, &args.admin_key) {
         return Client::new(url, key, args.ca.as_deref());
     }
     let config = ClusterConfig::load(&args.config)?;
-    let node = match &args.node {
+    let node = match node {
         Some(name) => config.node(name).with_context(|| format!("find node {name} in {}", args.config.display()))?,
         None => &config.nodes[0],
     };

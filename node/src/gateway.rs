@@ -5,7 +5,8 @@
 //! untrusted bytes into a checked request; [`tools`] is tool calling; [`text`] turns tokens into text without
 //! splitting characters or leaking stop texts; [`wire`] the shapes that clients see; [`answer`] the whole
 //! answer, [`stream`] the same piece by piece; [`reply`] the one map from errors to HTTP.
-//! [`openapi`] documents it from the types; [`listen`] puts a router on a socket with bounds.
+//! [`openapi`] documents it from the types; [`listen`] puts a router on a socket with bounds; [`peer`] is the door
+//! for other nodes.
 //!
 //! Not here: contracts, queues, templates, models (behind [`backend::Backend`]); admin routes and metrics,
 //! which have a port of their own.
@@ -29,6 +30,7 @@ pub mod reply;
 pub mod openapi;
 pub mod leftover;
 pub mod listen;
+pub mod peer;
 #[cfg(test)]
 mod tests;
 

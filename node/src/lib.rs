@@ -2,7 +2,7 @@
 //! `tenantry`.
 //!
 //! Reading order: [`serve`] starts a node; [`app`] composes the request path; [`gateway`] is the door for
-//! clients, [`admin`] the one for operators; [`base_room`] is one base model with everything around it;
+//! clients, [`admin`] the one for operators; [`cluster`] is the way to the other nodes, [`prewarm`] fetches adapters ahead; [`base_room`] is one base model with everything around it;
 //! [`engine_source`] glues queue and adapter cache to the engine; [`base_model`] and [`supervisor`] are the
 //! actors; [`metering`] counts, [`metrics`] shows; [`ctl`] and [`chat`] are the commands beside `node`.
 
@@ -10,6 +10,8 @@
 
 pub mod serve;
 pub mod app;
+pub mod cluster;
+pub mod prewarm;
 pub mod gateway;
 pub mod admin;
 pub mod base_room;

@@ -107,6 +107,10 @@ fn describe() {
         "tenantry_compute_microseconds_total",
         "Engine time attributed to a tenant's rows, by tenant and tier."
     );
+    describe_counter!(
+        "tenantry_prewarms_total",
+        "Adapters fetched before they were asked for, by reason: plan (of this node) or hint (of another)."
+    );
     describe_histogram!(
         "tenantry_time_to_first_token_seconds",
         "Admission to first delivered token, by tenant, adapter and tier."
@@ -358,6 +362,11 @@ pub fn connection_refused() {
 /// The node ended a stream.
 pub fn stream_cut(reason: &'static str) {
     counter!("tenantry_streams_cut_total", "reason" => reason).increment(1);
+}
+
+/// An adapter is fetched before somebody asks for it.
+pub fn prewarmed(reason: &'static str) {
+    counter!("tenantry_prewarms_total", "reason" => reason).increment(1);
 }
 
 #[cfg(test)]

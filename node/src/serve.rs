@@ -1,46 +1,46 @@
 //! `tenantry node`: from a configuration file to a serving node, and from SIGTERM to a clean end.
 //!
-//! Order of start: configuration, data folder, registry, models, actors, ports. Nothing listens before
-//! everything behind it works. Order of stop: refuse new requests, let running ones finish, flush, exit.
+//! Order of start: configuration, everything behind the doors ([`open`]), actors, ports. Nothing listens before
+//! everything behind it works. Order of stop: refuse new requests, let running ones finish, hand over to other nodes
+//! what runs for them, flush, exit.
 
-use std::collections::BTreeMap;
+mod open;
+
 use std::net::{SocketAddr, TcpListener};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use adapters::{AdapterCache, CacheConfig, DiskLoader, KeySource, Objects, Store};
 use anyhow::Context;
 use axum_server::Handle;
 use axum_server::tls_rustls::RustlsConfig;
-use coordinator::auth::AdminKey;
-use coordinator::registry::cluster::Cluster;
-use coordinator::registry::{Registry, RegistryOptions};
 use metrics_exporter_prometheus::PrometheusHandle;
-use parking_lot::Mutex;
 use ractor::{Actor, ActorCell, ActorRef};
-use shared::adapter::AdapterRef;
 use shared::clock::{Clock, SystemClock};
-use shared::config::{AdapterConfig, BaseConfig, ClusterConfig, NodeConfig, TlsConfig};
-use shared::id::{NodeId, TenantId};
-use shared::seal::TenantKey;
+use shared::cluster::NodePhase;
+use shared::config::{ClusterConfig, NodeConfig, TlsConfig};
+use shared::id::NodeId;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinHandle;
 
 use crate::admin::{self, Admin};
-use crate::app::upload::adapter_limits;
-use crate::app::{App, AppParts};
-use crate::base_room::{AdapterLoading, BaseRoom};
+use crate::app::App;
 use crate::gateway;
 use crate::gateway::backend::node_stopping;
 use crate::gateway::listen::{self, Bounds};
+use crate::gateway::peer::PeerDoor;
 use crate::metering::journal::Journal;
 use crate::metrics;
+use crate::prewarm;
 use crate::supervisor::{NodeSupervisor, SupervisorArgs, SupervisorMsg};
 
 /// Histogram samples wait in memory until they are sorted into buckets; without a scraper nobody else does it.
 const METRICS_UPKEEP_EVERY: Duration = Duration::from_secs(5);
 
+/// Between two looks at how busy the node is, for the other nodes.
+const LOAD_EVERY: Duration = Duration::from_millis(100);
+/// Of the drain time, this much at its end is for streams that other nodes take over.
+const HAND_OVER_WITHIN: Duration = Duration::from_secs(5);
 /// Longest wait at the end for requests whose connections were cut.
 const RECORDS_WITHIN: Duration = Duration::from_secs(2);
 
@@ -117,15 +117,21 @@ pub async fn start(config: ClusterConfig, node: NodeConfig) -> anyhow::Result<Ru
     let http = TcpListener::bind(node.http).with_context(|| format!("listen for clients on {}", node.http))?;
     let operators = TcpListener::bind(node.admin).with_context(|| format!("listen for operators on {}", node.admin))?;
     let metrics = metrics::install().context("install the metrics recorder")?;
-    let (app, admin_key) = open(config, node, Arc::clone(&clock)).await?;
+    let (app, admin_key) = open::open(config, node, Arc::clone(&clock)).await?;
     let app = Arc::new(app);
     app.follow_registry();
-    let supervisor_args =
-        SupervisorArgs { rooms: app.rooms().values().cloned().collect(), registry: app.registry().clone(), clock };
+    let supervisor_args = SupervisorArgs {
+        rooms: app.rooms().values().cloned().collect(),
+        registry: app.registry().clone(),
+        coordinator: app.cluster().map(|cluster| cluster.coordinator().clone()),
+        clock,
+    };
     let (supervisor, supervisor_end) = NodeSupervisor::spawn(None, NodeSupervisor, supervisor_args)
         .await
         .map_err(|error| anyhow::anyhow!("start the node's actors: {error}"))?;
 
+    join(&app);
+    prewarm::spawn(&app);
     let client_router = gateway::router(Arc::clone(&app), app.config().clients.body_bytes);
     let admin_router =
         admin::router(Arc::new(Admin { app: Arc::clone(&app), key: admin_key, metrics: metrics.clone() }));
@@ -164,127 +170,28 @@ impl Running {
     }
 }
 
-/// Everything behind the doors.
-async fn open(config: ClusterConfig, node: NodeConfig, clock: Arc<dyn Clock>) -> anyhow::Result<(App, AdminKey)> {
-    let data = &node.data;
-    create_private(data)?;
-    let options =
-        RegistryOptions::load(&data.join("registry"), &data.join("cluster.key")).context("open the registry")?;
-    let options = options.in_cluster(Cluster::alone(node.name.clone()));
-    let admin_key =
-        AdminKey::load_or_create(&data.join("admin.key"), &options.cluster_key).context("open the admin key")?;
-    let registry = Registry::open(options).await.context("open the registry")?;
-    let objects = config.adapters.objects.as_ref().map(Objects::open).transpose().context("open the object store")?;
-    if config.nodes.len() > 1 {
-        tracing::warn!("this version does not join nodes into a cluster: each serves alone, with tenants of its own");
-    }
-    let disk_bytes = config.adapters.disk_bytes;
-    let store = Store::open_before(&data.join("adapters"), disk_bytes, objects).context("open the adapter store")?;
-    // In a cluster this node's copy of the registry may be late: only what can be fetched again may go.
-    if config.nodes.len() == 1 || config.adapters.objects.is_some() {
-        sweep(&store, &registry).context("clean the adapter store")?;
-    }
-    share(store.clone());
-    let journal = Journal::open(&data.join("usage")).context("open the usage journal")?;
-    let mut rooms = BTreeMap::new();
-    for base in config.bases.iter().filter(|base| node.bases.contains(&base.name)) {
-        let room = load_base(base, &config, &store, &registry, Arc::clone(&clock)).await?;
-        rooms.insert(base.name.clone(), Arc::new(room));
-    }
-    let app = App::new(AppParts { config, node, clock, registry, rooms, store, journal });
-    wake_engines_on_load(&app);
-    Ok((app, admin_key))
-}
-
-/// Removes adapter files that no tenant's record names: a crash between two steps of a change left them.
-fn sweep(store: &Store, registry: &Registry) -> Result<(), adapters::StoreError> {
-    let snapshot = registry.snapshot();
-    let views = snapshot.tenants();
-    let copies = views.iter().flat_map(|view| {
-        let record = view.record();
-        let copy = |hash| AdapterRef { tenant: record.tenant().clone(), hash };
-        record.adapters.values().map(move |adapter| copy(adapter.hash).id())
+/// Lets the other nodes in and tells them about this one. Does nothing for a node alone.
+fn join(app: &Arc<App>) {
+    let Some(cluster) = app.cluster() else { return };
+    cluster.attach(app);
+    let door = PeerDoor::new(Arc::clone(app), Arc::clone(cluster));
+    tokio::spawn(peer::serve(cluster.net().clone(), Arc::new(door)));
+    // Both end with the node: they hold nothing of it.
+    let (weak, mut snapshots) = (Arc::downgrade(app), app.registry().subscribe());
+    tokio::spawn(async move {
+        let mut every = tokio::time::interval(LOAD_EVERY);
+        loop {
+            every.tick().await;
+            let Some(app) = weak.upgrade() else { return };
+            let Some(cluster) = app.cluster() else { return };
+            cluster.say(cluster.phase(), app.load());
+            if snapshots.has_changed().is_ok_and(|changed| changed) {
+                let snapshot = snapshots.borrow_and_update().clone();
+                cluster.expect_tenants(&snapshot);
+            }
+        }
     });
-    let removed = store.sweep(&copies.collect())?;
-    if removed > 0 {
-        tracing::info!(removed, "adapter files that nobody names were removed");
-    }
-    Ok(())
-}
-
-/// Puts what was stored before there was an object store into it, while the node serves already.
-fn share(store: Store) {
-    tokio::task::spawn_blocking(move || match store.share() {
-        Ok(0) => {}
-        Ok(shared) => tracing::info!(shared, "adapter files were put into the object store"),
-        Err(error) => tracing::error!(%error, "adapter files could not be put into the object store"),
-    });
-}
-
-async fn load_base(
-    base: &BaseConfig,
-    config: &ClusterConfig,
-    store: &Store,
-    registry: &Registry,
-    clock: Arc<dyn Clock>,
-) -> anyhow::Result<BaseRoom> {
-    let wanted = base.clone();
-    let started = clock.now();
-    let model =
-        tokio::task::spawn_blocking(move || BaseRoom::load_model(&wanted)).await.context("load the base model")??;
-    tracing::info!(
-        base = %base.name,
-        took_ms = clock.now().saturating_duration_since(started).as_millis(),
-        weight_bytes = model.weights.bytes(),
-        hash = %model.info.hash.short(),
-        kernels = kernels::backend::describe(),
-        "base model loaded"
-    );
-    let loader = DiskLoader {
-        store: store.clone(),
-        keys: Arc::new(RegistryKeys(registry.clone())),
-        base: Arc::clone(&model),
-        limits: adapter_limits(config, &base.name),
-    };
-    let (cache, commands) = AdapterCache::new(cache_config(&config.adapters), clock);
-    let loading =
-        AdapterLoading { loader: Arc::new(loader), store: store.clone(), commands: Mutex::new(Some(commands)) };
-    BaseRoom::new(base.name.clone(), model, cache, loading, config)
-}
-
-fn cache_config(adapters: &AdapterConfig) -> CacheConfig {
-    CacheConfig {
-        slots: adapters.slots,
-        engine_bytes: adapters.engine_bytes,
-        host_bytes: adapters.host_bytes,
-        loads_at_once: adapters.loads_at_once,
-    }
-}
-
-/// An engine that waits for an adapter wakes when it is there.
-fn wake_engines_on_load(app: &App) {
-    for room in app.rooms().values() {
-        let queue = room.queue.clone();
-        room.cache.set_waker(Arc::new(move || queue.wake()));
-    }
-}
-
-/// Tenants' keys for the adapter loader, from the registry's snapshot.
-struct RegistryKeys(Registry);
-
-impl KeySource for RegistryKeys {
-    fn tenant_key(&self, tenant: &TenantId) -> Option<Arc<TenantKey>> {
-        self.0.snapshot().tenant(tenant).map(|view| Arc::clone(view.key()))
-    }
-}
-
-fn create_private(folder: &Path) -> anyhow::Result<()> {
-    use std::os::unix::fs::DirBuilderExt;
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(folder)
-        .with_context(|| format!("create the data folder {}", folder.display()))
+    cluster.expect_tenants(&app.registry().snapshot());
 }
 
 async fn load_tls(tls: &TlsConfig) -> anyhow::Result<(RustlsConfig, TlsConfig)> {
@@ -324,7 +231,7 @@ impl Port {
     }
 }
 
-/// Returns when the node should stop: `Ok` on SIGTERM or SIGINT, the reason when its actors gave up.
+/// Returns when the node should stop: `Ok` on SIGTERM, SIGINT or an operator's call, the reason when its actors gave up.
 async fn wait_for_end(
     app: &App,
     tls: Option<(RustlsConfig, TlsConfig)>,
@@ -340,6 +247,7 @@ async fn wait_for_end(
             _ = upkeep.tick() => metrics.run_upkeep(),
             _ = terminate.recv() => return Ok(()),
             _ = interrupt.recv() => return Ok(()),
+            () = app.asked_to_end() => return Ok(()),
             _ = hangup.recv() => reload_tls(tls.as_ref()).await,
             _ = &mut supervisor_end => {
                 app.start_draining();
@@ -362,6 +270,7 @@ async fn reload_tls(tls: Option<&(RustlsConfig, TlsConfig)>) {
 /// Refuses new requests, waits for running ones up to the drain time (a second signal ends the wait), flushes.
 async fn stop(app: Arc<App>, supervisor: ActorRef<SupervisorMsg>, clients: Port, admins: Port, orderly: bool) {
     app.start_draining();
+    app.say(NodePhase::Draining);
     tracing::info!(in_flight = app.n_in_flight(), "node stops");
     if orderly {
         let mut terminate = signal(SignalKind::terminate()).ok();
@@ -374,11 +283,19 @@ async fn stop(app: Arc<App>, supervisor: ActorRef<SupervisorMsg>, clients: Port,
                 _ => std::future::pending().await,
             }
         };
+        let hand_over = app.cluster().map_or(Duration::ZERO, |_| HAND_OVER_WITHIN);
         tokio::select! {
             () = drained(&app) => {}
-            () = tokio::time::sleep(app.config().drain) => tracing::warn!(in_flight = app.n_in_flight(), "drain time is over"),
+            () = tokio::time::sleep(app.config().drain.saturating_sub(hand_over)) => {
+                tracing::warn!(in_flight = app.n_in_flight(), "drain time is over");
+            }
             () = again => tracing::warn!("second signal, stopping at once"),
         }
+    }
+    if let Some(cluster) = app.cluster() {
+        // What runs for other nodes goes on there; the time they need is theirs and short.
+        app.say(NodePhase::Leaving);
+        let _ = tokio::time::timeout(HAND_OVER_WITHIN, cluster.without_guests()).await;
     }
     for room in app.rooms().values() {
         for (_, payload) in room.queue.close() {
@@ -386,6 +303,9 @@ async fn stop(app: Arc<App>, supervisor: ActorRef<SupervisorMsg>, clients: Port,
         }
     }
     app.fail_running();
+    if let Some(cluster) = app.cluster() {
+        cluster.net().close().await;
+    }
     clients.close(Duration::from_secs(1)).await;
     admins.close(Duration::from_secs(1)).await;
     // Before its children end, so that it does not take their end for a failure.

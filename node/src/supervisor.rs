@@ -3,6 +3,7 @@
 //! | child | on failure | what a failure loses |
 //! |---|---|---|
 //! | Registry | start again from disk | changes under way; reads go on |
+//! | Coordinator (in a cluster) | start again | one tick of the cluster's view, which is kept outside |
 //! | FairQueue (per base) | start again | at most one tick of expiries |
 //! | AdapterCache (per base) | end the node | it only passes commands on; loads run on threads that catch panics |
 //! | BaseModel (per base) | end the node | it restarts its engine itself and fails only when that is hopeless |
@@ -14,6 +15,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use adapters::actor::{AdapterCacheActor, AdapterCacheArgs};
+use coordinator::actor::Coordinator;
 use coordinator::registry::Registry;
 use queue::actor::{FairQueueActor, FairQueueArgs, TICK_DEFAULT};
 use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
@@ -35,6 +37,8 @@ pub struct SupervisorArgs {
     pub rooms: Vec<Arc<BaseRoom>>,
     /// The tenants' registry, already open.
     pub registry: Registry,
+    /// This node's view of its cluster, if there is one.
+    pub coordinator: Option<Coordinator>,
     /// Where children read the time.
     pub clock: Arc<dyn Clock>,
 }
@@ -47,6 +51,7 @@ pub struct NodeSupervisor;
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Child {
     Registry,
+    Coordinator,
     FairQueue(BaseName),
     AdapterCache(BaseName),
     BaseModel(BaseName),
@@ -74,6 +79,9 @@ impl Actor for NodeSupervisor {
         match state.args.registry.link(myself.get_cell()) {
             Some(id) => drop(state.children.insert(id, Child::Registry)),
             None => state.start(Child::Registry, myself.get_cell()).await?,
+        }
+        if state.args.coordinator.is_some() {
+            state.start(Child::Coordinator, myself.get_cell()).await?;
         }
         for name in names {
             for child in [Child::FairQueue(name.clone()), Child::AdapterCache(name.clone()), Child::BaseModel(name)] {
@@ -142,6 +150,10 @@ impl SupervisorState {
                 self.args.registry.respawn(Some(myself)).await?;
                 self.args.registry.actor_id()
             }
+            Child::Coordinator => match &self.args.coordinator {
+                Some(coordinator) => Some(coordinator.spawn(Some(myself)).await?.get_id()),
+                None => None,
+            },
             Child::FairQueue(name) => {
                 let args = FairQueueArgs {
                     queue: self.room(name).queue.clone(),

@@ -9,8 +9,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use peer::pki::{NODE_VALIDITY, NodeKey};
+use peer::{Ca, Identity};
 use serde_json::{Value, json};
 use shared::clock::{Clock, SystemClock};
+use shared::seal::ClusterKey;
 
 use crate::operator::agent;
 use crate::process::{NodePlace, NodeProcess, NodeSpec, write_config};
@@ -52,6 +55,7 @@ impl Cluster {
     pub fn start(folder: &Path, spec: &NodeSpec, n: usize) -> Self {
         let places = NodePlace::cluster(n);
         write_config(folder, spec, &places);
+        let_in(folder, &places);
         let mut nodes: Vec<NodeProcess> = places.into_iter().map(|place| NodeProcess::launch(folder, place)).collect();
         nodes.iter_mut().for_each(NodeProcess::wait_ready);
         Self { nodes, folder: folder.to_owned() }
@@ -65,6 +69,24 @@ impl Cluster {
     /// What the log of every node says, for the message of a failing test.
     pub fn logs(&self) -> String {
         self.nodes.iter().map(|node| format!("--- node {}\n{}\n", node.name(), node.log())).collect()
+    }
+}
+
+/// Certifies every node by an authority in `folder` and gives all the same cluster key, as joining does.
+fn let_in(folder: &Path, places: &[NodePlace]) {
+    let now = SystemClock.wall();
+    let ca = Ca::load_or_create(&folder.join("ca"), now).expect("an authority");
+    let shared_key = folder.join("cluster.key");
+    drop(ClusterKey::load_or_create(&shared_key).expect("a cluster key"));
+    for place in places {
+        let data = folder.join(place.data());
+        std::fs::create_dir_all(&data).expect("a data folder");
+        let name = place.name.parse().expect("a node's name");
+        let key = NodeKey::load_or_create(&data).expect("a key");
+        let certificate = ca.certify_node(&name, &key.public(), now, NODE_VALIDITY).expect("a certificate");
+        Identity::store(&data, &certificate, ca.pem()).expect("a place for it");
+        // The copy keeps the mode, which only the owner may read.
+        std::fs::copy(&shared_key, data.join("cluster.key")).expect("a place for the cluster key");
     }
 }
 

@@ -155,7 +155,8 @@ impl NodePlace {
         names.take(n).map(|name| Self { name, peer: Some(free_udp_address()), ..Self::alone() }).collect()
     }
 
-    fn data(&self) -> String {
+    /// Its data folder, relative to the cluster file.
+    pub fn data(&self) -> String {
         if self.peer.is_some() { format!("data-{}", self.name) } else { "data".to_owned() }
     }
 }

@@ -24,6 +24,7 @@ use shared::adapter::{AdapterId, AdapterRef, Residency};
 
 use crate::loader::{HostFiles, LoadError};
 
+pub mod ahead;
 mod plan;
 mod host;
 mod read;

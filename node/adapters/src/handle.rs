@@ -13,6 +13,7 @@ use shared::adapter::{AdapterId, AdapterRef, Residency};
 use shared::clock::Clock;
 use tokio::sync::mpsc;
 
+use crate::cache::ahead::Resident;
 use crate::cache::{CacheConfig, CacheCore, CacheStats, Command, CoreLease, Loaded};
 use crate::lease::{Lease, ReleaseLease};
 use crate::loader::LoadError;
@@ -128,6 +129,16 @@ impl AdapterCache {
     /// Why an adapter's last load failed, while that counts.
     pub fn failure(&self, id: &AdapterId) -> Option<LoadError> {
         self.0.core.lock().failure(id).cloned()
+    }
+
+    /// What has a slot.
+    pub fn residents(&self) -> Vec<Resident> {
+        self.0.core.lock().residents()
+    }
+
+    /// Takes an adapter out that nobody uses or waits for; any other stays.
+    pub fn cool(&self, id: &AdapterId) {
+        self.0.update(|core, now| core.cool(now, id));
     }
 
     /// The adapter was deleted: no new lease; its memory goes with its last lease.

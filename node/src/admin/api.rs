@@ -3,7 +3,7 @@
 
 use coordinator::registry::record::{AdapterKind, AdapterRecord, TenantRecord};
 use serde::{Deserialize, Serialize};
-use shared::id::{AdapterName, BaseName, TaskName, TenantId};
+use shared::id::{AdapterName, BaseName, NodeId, TaskName, TenantId};
 use shared::tenant::{Fallback, Limits, TaskPointer, TenantState, Tier};
 use utoipa::ToSchema;
 
@@ -305,6 +305,15 @@ pub struct Done {
     pub epoch: u64,
 }
 
+/// Ends a node. It names the node, so that none ends by a slip.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DrainNode {
+    /// The node that is asked.
+    #[schema(value_type = String)]
+    pub node: NodeId,
+}
+
 /// The admin API's OpenAPI document.
 pub fn document() -> utoipa::openapi::OpenApi {
     use utoipa::OpenApi;
@@ -317,6 +326,9 @@ pub fn document() -> utoipa::openapi::OpenApi {
     paths(
         paths::status,
         paths::metrics,
+        paths::cluster,
+        paths::cluster_tenants,
+        paths::drain,
         paths::list_tenants,
         paths::create_tenant,
         paths::show_tenant,
@@ -344,6 +356,12 @@ mod paths {
 
     #[utoipa::path(get, path = "/admin/v1/status", responses((status = 200, description = "What the node is doing.")))]
     fn status() {}
+    #[utoipa::path(get, path = "/admin/v1/cluster", responses((status = 200, description = "Nodes, ring and registry as this node sees them."), (status = 404, description = "The node is alone.")))]
+    fn cluster() {}
+    #[utoipa::path(get, path = "/admin/v1/cluster/tenants", responses((status = 200, description = "Who serves which tenant, and what of it is in this node's memory."), (status = 404, description = "The node is alone.")))]
+    fn cluster_tenants() {}
+    #[utoipa::path(post, path = "/admin/v1/drain", request_body = DrainNode, responses((status = 202, description = "The node hands over what it has and ends.")))]
+    fn drain() {}
     #[utoipa::path(get, path = "/metrics", responses((status = 200, description = "Prometheus text.")))]
     fn metrics() {}
     #[utoipa::path(get, path = "/admin/v1/tenants", responses((status = 200, body = TenantList)))]

@@ -1,7 +1,7 @@
 //! Hops 5 and 6 on the node that does the work: run an admitted request here, from what its client has already.
 //!
 //! [`App::admit`](super::App) comes here. Nothing is admitted, counted or metered here: that happened where the client
-//! is, which may be another node one day.
+//! is, which may be another node: its requests come here through [`crate::gateway::peer`].
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ use crate::gateway::backend::CancelOnDrop;
 
 /// Events of one request that may wait for its reader: some seconds of the fastest stream. A full channel
 /// parks the request in the engine.
-const EVENTS_WAITING_MAX: usize = 256;
+pub const EVENTS_WAITING_MAX: usize = 256;
 
 /// A request that waits for its turn or runs.
 pub struct Serving {
@@ -55,6 +55,9 @@ impl App {
             None => None,
         };
         let adapter = envelope.adapter.as_ref().map(|pin| pin.adapter());
+        if adapter.is_some() && attempt <= 1 {
+            self.prewarmer.on_request(self.clock.wall(), &envelope.route);
+        }
         let adapter_hit = adapter.as_ref().map(|adapter| room.cache.residency(&adapter.id()) == Residency::Ready);
         // Two attempts at one request may meet here, the older one on its way out.
         let id = RequestId(envelope.id.0.wrapping_add(u128::from(attempt)));

@@ -1,0 +1,170 @@
+//! The cluster as this node sees it, and how a node leaves it.
+//!
+//! Every node answers for its own view: two nodes may differ for a moment, and that is worth seeing.
+
+use std::collections::BTreeMap;
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{Response, StatusCode};
+use coordinator::membership::Member;
+use coordinator::membership::detector::Health;
+use coordinator::registry::status::{Role, Status};
+use coordinator::route::RoutingTable;
+use serde_json::{Value, json};
+use shared::adapter::{AdapterRef, Residency};
+use shared::cluster::NodePhase;
+use shared::error::{ErrorKind, RequestError};
+use shared::id::NodeId;
+
+use super::api::DrainNode;
+use super::{Json, Shared, failed};
+use crate::app::App;
+use crate::cluster::{ClusterNode, place};
+use crate::gateway::reply;
+
+pub(super) async fn show(State(admin): Shared) -> Response<Body> {
+    let Some(cluster) = admin.app.cluster() else { return failed(&alone()) };
+    let table = cluster.coordinator().tables().borrow().clone();
+    let homes = homes(&admin.app, &table);
+    let nodes = table.members().values().map(|member| {
+        let homes = homes.get(&member.spec.id).copied().unwrap_or_default();
+        node_status(cluster, &table, member, homes)
+    });
+    let body = json!({
+        "node": table.me(),
+        "epoch": table.epoch(),
+        "nodes": nodes.collect::<Vec<_>>(),
+        "registry": registry_status(&admin.app.registry().status().borrow()),
+    });
+    reply::json(StatusCode::OK, &body)
+}
+
+/// Who serves whom, and what of theirs is in this node's memory.
+pub(super) async fn tenants(State(admin): Shared) -> Response<Body> {
+    let app = &admin.app;
+    let Some(cluster) = app.cluster() else { return failed(&alone()) };
+    let table = cluster.coordinator().tables().borrow().clone();
+    let snapshot = app.registry().snapshot();
+    let views = snapshot.tenants();
+    let placed = views.iter().flat_map(|view| {
+        let (contract, record, table) = (view.contract(), view.record(), &table);
+        contract.bases.iter().map(move |base| {
+            let place = place(base, contract);
+            let owners = table.owners(&place, &contract.tenant);
+            let serves = table.candidates(&place, &contract.tenant).into_iter().next();
+            let warm = app.rooms().get(base).into_iter().flat_map(|room| {
+                let is_ready = |hash| {
+                    let adapter = AdapterRef { tenant: contract.tenant.clone(), hash };
+                    room.cache.residency(&adapter.id()) == Residency::Ready
+                };
+                record.adapters.values().filter(move |adapter| adapter.base == *base && is_ready(adapter.hash))
+            });
+            json!({
+                "tenant": contract.tenant,
+                "base": base,
+                "serves": serves.map(|candidate| candidate.node),
+                "home": owners.as_ref().map(|owners| owners.home),
+                "successor": owners.as_ref().and_then(|owners| owners.successor),
+                "warm_here": warm.map(|adapter| &adapter.name).collect::<Vec<_>>(),
+            })
+        })
+    });
+    reply::json(
+        StatusCode::OK,
+        &json!({"node": table.me(), "epoch": table.epoch(), "tenants": placed.collect::<Vec<_>>()}),
+    )
+}
+
+/// The node hands over what it has and ends, as on SIGTERM.
+pub(super) async fn drain(State(admin): Shared, body: Result<Json<DrainNode>, Response<Body>>) -> Response<Body> {
+    let wanted = match body {
+        Ok(Json(body)) => body.node,
+        Err(refusal) => return refusal,
+    };
+    let me = &admin.app.node().name;
+    if wanted != *me {
+        let message = format!("this is node {me}, not {wanted}; hint: ask the node that is to end");
+        return failed(&RequestError::new(ErrorKind::Conflict, "another_node", message));
+    }
+    admin.app.ask_to_end();
+    reply::json(StatusCode::ACCEPTED, &json!({"node": me, "draining": true}))
+}
+
+fn alone() -> RequestError {
+    let message = "this node is alone; hint: list more [[nodes]] in cluster.toml";
+    RequestError::new(ErrorKind::NotFound, "no_cluster", message)
+}
+
+/// Tenants and bases that each node is home to, and successor of.
+fn homes(app: &App, table: &RoutingTable) -> BTreeMap<NodeId, [u64; 2]> {
+    let mut homes = BTreeMap::<NodeId, [u64; 2]>::new();
+    for view in app.registry().snapshot().tenants() {
+        let contract = view.contract();
+        for base in &contract.bases {
+            let Some(owners) = table.owners(&place(base, contract), &contract.tenant) else { continue };
+            homes.entry(owners.home.clone()).or_default()[0] += 1;
+            if let Some(successor) = owners.successor {
+                homes.entry(successor.clone()).or_default()[1] += 1;
+            }
+        }
+    }
+    homes
+}
+
+fn node_status(cluster: &ClusterNode, table: &RoutingTable, member: &Member, [home, successor]: [u64; 2]) -> Value {
+    let (spec, load) = (&member.spec, member.load);
+    json!({
+        "name": spec.id,
+        "health": health(member.health),
+        "phase": phase(member.phase),
+        "connected": spec.id == *table.me() || cluster.net().is_connected(&spec.id),
+        "incarnation": member.incarnation,
+        "share": member.share,
+        "capacity": spec.capacity,
+        "pool": spec.pool,
+        "region": spec.region,
+        "bases": spec.bases,
+        "home_of": home,
+        "successor_of": successor,
+        "running": load.running,
+        "places": load.places,
+        "waiting": load.waiting,
+    })
+}
+
+fn registry_status(status: &Status) -> Value {
+    let members = status.members.iter();
+    let members = members.map(|member| json!({"node": member.node, "votes": member.votes, "behind": member.behind}));
+    json!({
+        "role": match status.role {
+            Role::Leader => "leader",
+            Role::Follower => "follower",
+            Role::Candidate => "candidate",
+            Role::Learner => "learner",
+        },
+        "term": status.term,
+        "leader": status.leader,
+        "applied": status.applied,
+        "last": status.last,
+        "members": members.collect::<Vec<_>>(),
+    })
+}
+
+fn health(health: Health) -> &'static str {
+    match health {
+        Health::Alive => "alive",
+        Health::Suspect => "suspect",
+        Health::Returning => "returning",
+        Health::Dead => "dead",
+        Health::Absent => "absent",
+    }
+}
+
+fn phase(phase: NodePhase) -> &'static str {
+    match phase {
+        NodePhase::Serving => "serving",
+        NodePhase::Draining => "draining",
+        NodePhase::Leaving => "leaving",
+    }
+}

@@ -1,0 +1,315 @@
+//! This node among the others: its place on their network, its view of who serves whom, the way of requests to them.
+//!
+//! [`crate::serve`] opens it for a node of several; a node alone has none of it. Decisions are the coordinator's;
+//! here its seams are bound: heartbeats and the registry's messages go to the peer endpoint, runs of requests to this
+//! node's engine ([`App::serve`](crate::app::App::serve)) and to peers' doors ([`crate::gateway::peer`]).
+
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::{Duration, Instant};
+
+use coordinator::actor::{Coordinator, CoordinatorOptions, Heart};
+use coordinator::forward::{Carrier, Forwarder, Journey, Lost, Run};
+use coordinator::membership::detector::Health;
+use coordinator::membership::{Member, MemberSpec, Own};
+use coordinator::registry::cluster::{Answer as RegistryAnswer, Transport, TransportError};
+use coordinator::registry::snapshot::Snapshot;
+use coordinator::ring::RingKey;
+use coordinator::route::{DEFAULT_POOL, Place, PlacedTenant};
+use futures_util::future::BoxFuture;
+use peer::{EndpointParts, Exchange, Identity, PeerError, PeerNet, PeerNetConfig};
+use shared::clock::Clock;
+use shared::cluster::{Heartbeat, NodeLoad, NodePhase};
+use shared::config::{ClusterConfig, NodeConfig};
+use shared::id::{BaseName, NodeId};
+use shared::request::{Emitted, Envelope};
+use shared::tenant::TenantContract;
+use tokio::sync::{mpsc, watch};
+use wire::node::{Answer, Hello, Request, Response, ServedBase, Start};
+
+use crate::app::App;
+use crate::app::serve::{EVENTS_WAITING_MAX, Serving};
+use crate::gateway::backend::CancelOnDrop;
+
+/// Longest wait for a peer to take a request's bytes; its queue answers on the stream.
+const HAND_OUT_WITHIN: Duration = Duration::from_secs(2);
+/// A node that starts waits this long for the others before it calls itself ready without them.
+const LOOK_ROUND: Duration = Duration::from_secs(3);
+/// The registry's only group of nodes.
+const REGISTRY_GROUP: u32 = 0;
+
+/// A node's place on the network of its cluster: what the registry talks through.
+pub struct Network {
+    /// The other nodes.
+    pub net: PeerNet,
+    incarnation: u64,
+}
+
+/// One node's part in its cluster.
+pub struct ClusterNode {
+    net: PeerNet,
+    coordinator: Coordinator,
+    forwarder: Arc<Forwarder<Roads>>,
+    /// What this node says it does, for streams that must leave it.
+    phase: watch::Sender<NodePhase>,
+    /// Requests of other nodes that run here.
+    n_guests: watch::Sender<usize>,
+    roads: Arc<Roads>,
+    clock: Arc<dyn Clock>,
+    started_at: Instant,
+}
+
+/// Counts one request of another node while it runs here.
+pub struct Guest(watch::Sender<usize>);
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.0.send_modify(|n| *n -= 1);
+    }
+}
+
+// === impl Network ===
+
+impl Network {
+    /// Opens the peer port and begins to look for the others.
+    ///
+    /// # Errors
+    /// When the node was not let in yet or its port is taken.
+    pub fn open(
+        config: &ClusterConfig,
+        node: &NodeConfig,
+        bases: Vec<ServedBase>,
+        clock: Arc<dyn Clock>,
+    ) -> anyhow::Result<Option<Self>> {
+        let Some(address) = node.peer.filter(|_| config.nodes.len() > 1) else { return Ok(None) };
+        let hint = "hint: let the node in first: tenantry ctl ca invite, then tenantry ctl join";
+        if !Identity::is_stored(&node.data) {
+            anyhow::bail!("join the cluster: {} holds no certificate of this node; {hint}", node.data.display());
+        }
+        let identity = Identity::load(node.name.clone(), &node.data)?;
+        let incarnation = u64::try_from(clock.wall().as_millis()).unwrap_or(u64::MAX);
+        let hello = Hello { cluster: config.name.clone(), node: node.name.clone(), incarnation, bases };
+        let peers = config.nodes.iter().filter_map(|node| Some((node.name.clone(), node.peer?))).collect();
+        let parts = EndpointParts::bind(address)
+            .map_err(|error| anyhow::anyhow!("listen for other nodes on {address}: {error}"))?;
+        let net = PeerNet::new(&identity, PeerNetConfig { hello, peers, clock }, parts)?;
+        Ok(Some(Self { net, incarnation }))
+    }
+
+    /// The registry's way to the other nodes.
+    pub fn registry_transport(&self) -> Arc<dyn Transport> {
+        Arc::new(RegistryRoad(self.net.clone()))
+    }
+}
+
+// === impl ClusterNode ===
+
+impl ClusterNode {
+    /// A node that has heard nobody yet.
+    pub fn new(
+        network: Network,
+        config: &ClusterConfig,
+        me: &NodeId,
+        ring_key: RingKey,
+        clock: Arc<dyn Clock>,
+    ) -> Arc<Self> {
+        let Network { net, incarnation } = network;
+        let spec = |node: &NodeConfig| MemberSpec {
+            id: node.name.clone(),
+            capacity: node.capacity,
+            pool: node.pool.to_string(),
+            region: node.region.as_ref().map(ToString::to_string),
+            bases: node.bases.clone(),
+        };
+        let options = CoordinatorOptions {
+            me: me.clone(),
+            own: Own { incarnation, phase: NodePhase::Serving, load: NodeLoad::default() },
+            nodes: config.nodes.iter().map(spec).collect(),
+            interval: config.heartbeat,
+            ring_key,
+        };
+        let coordinator = Coordinator::new(options, Arc::new(PeerHeart(net.clone())), Arc::clone(&clock));
+        let roads = Arc::new(Roads { me: me.clone(), net: net.clone(), app: OnceLock::new() });
+        let forwarder = Arc::new(Forwarder::new(Arc::clone(&roads), coordinator.tables(), Arc::clone(&clock)));
+        Arc::new(Self {
+            net,
+            coordinator,
+            forwarder,
+            phase: watch::Sender::new(NodePhase::Serving),
+            n_guests: watch::Sender::new(0),
+            roads,
+            started_at: clock.now(),
+            clock,
+        })
+    }
+
+    /// Whether it is known who is there: every other node was heard, or waited for long enough.
+    pub fn has_looked_round(&self) -> bool {
+        let table = self.coordinator.tables().borrow().clone();
+        let heard = |member: &Member| !matches!(member.health, Health::Absent | Health::Returning);
+        table.members().values().all(heard) || self.clock.now() - self.started_at > LOOK_ROUND
+    }
+
+    /// The other nodes.
+    pub fn net(&self) -> &PeerNet {
+        &self.net
+    }
+
+    /// This node's view of the cluster.
+    pub fn coordinator(&self) -> &Coordinator {
+        &self.coordinator
+    }
+
+    /// Requests that run here find their engine in `app` from now on.
+    pub fn attach(&self, app: &Arc<App>) {
+        // Set once, by the start of the node.
+        let _ = self.roads.app.set(Arc::downgrade(app));
+    }
+
+    /// What this node does from now on; the others hear of it at once.
+    pub fn say(&self, phase: NodePhase, load: NodeLoad) {
+        self.phase.send_if_modified(|now| std::mem::replace(now, phase) != phase);
+        self.coordinator.say(phase, load);
+    }
+
+    /// What this node says it does.
+    pub fn phase(&self) -> NodePhase {
+        *self.phase.borrow()
+    }
+
+    /// Ends when streams should go on elsewhere.
+    pub async fn leaving(&self) {
+        if self.phase.subscribe().wait_for(|phase| *phase == NodePhase::Leaving).await.is_err() {
+            std::future::pending().await
+        }
+    }
+
+    /// A request of another node begins.
+    pub fn guest(&self) -> Guest {
+        self.n_guests.send_modify(|n| *n += 1);
+        Guest(self.n_guests.clone())
+    }
+
+    /// Ends when no request of another node runs here.
+    pub async fn without_guests(&self) {
+        // The sender is held above: waiting cannot fail.
+        let _ = self.n_guests.subscribe().wait_for(|n| *n == 0).await;
+    }
+
+    /// The tenants to be placed, as the registry knows them.
+    pub fn expect_tenants(&self, snapshot: &Snapshot) {
+        let views = snapshot.tenants();
+        let placed = views.iter().flat_map(|view| {
+            let contract = view.contract();
+            let load = u64::from(contract.weight);
+            let tenant = contract.tenant.clone();
+            contract.bases.iter().map(move |base| PlacedTenant {
+                tenant: tenant.clone(),
+                place: place(base, contract),
+                load,
+            })
+        });
+        self.coordinator.expect_tenants(placed.collect());
+    }
+
+    /// Sends an admitted request to where it runs. Its events come whatever happens to nodes.
+    pub fn forward(&self, envelope: Envelope, contract: &TenantContract) -> Serving {
+        let (sink, events) = mpsc::channel(EVENTS_WAITING_MAX);
+        let place = place(&envelope.base, contract);
+        let journey = Journey { envelope, place, emitted: Emitted::default(), attempt: 0 };
+        let forwarder = Arc::clone(&self.forwarder);
+        tokio::spawn(async move { forwarder.forward(journey, sink).await });
+        // It ends with the last receiver of its events.
+        Serving { events, cancel: CancelOnDrop::new(|| {}) }
+    }
+}
+
+/// Where a tenant's requests for a base may run.
+pub fn place(base: &BaseName, contract: &TenantContract) -> Place {
+    Place { base: base.clone(), pool: DEFAULT_POOL.to_owned(), region: contract.region.clone() }
+}
+
+/// Heartbeats as datagrams.
+struct PeerHeart(PeerNet);
+
+impl Heart for PeerHeart {
+    fn beat(&self, to: &NodeId, beat: Heartbeat) {
+        self.0.datagram(to, &beat);
+    }
+}
+
+/// Where runs of requests happen: here, or behind a peer's door.
+struct Roads {
+    me: NodeId,
+    net: PeerNet,
+    app: OnceLock<Weak<App>>,
+}
+
+/// A run under way.
+enum Leg {
+    Here { serving: Serving, attempt: u32 },
+    There(Exchange),
+    Refused(Option<Answer>),
+}
+
+impl Carrier for Roads {
+    type Run = Leg;
+
+    async fn start(&self, node: &NodeId, start: Start) -> Result<Leg, Lost> {
+        if *node != self.me {
+            return self.net.start(node, &start, HAND_OUT_WITHIN).await.map(Leg::There).map_err(lost);
+        }
+        let app = self.app.get().and_then(Weak::upgrade);
+        let app = app.ok_or_else(|| Lost("this node has not started or is stopping".to_owned()))?;
+        let Start { envelope, attempt, emitted, .. } = start;
+        Ok(match app.serve(Arc::new(envelope), emitted, attempt).await {
+            Ok(serving) => Leg::Here { serving, attempt },
+            Err(error) => Leg::Refused(Some(Answer::Refused(error))),
+        })
+    }
+}
+
+impl Run for Leg {
+    async fn recv(&mut self) -> Result<Option<Answer>, Lost> {
+        match self {
+            Self::Here { serving, attempt } => {
+                let event = serving.events.recv().await;
+                Ok(event.map(|event| Answer::Event { attempt: *attempt, event }))
+            }
+            Self::There(exchange) => exchange.recv().await.map_err(lost),
+            Self::Refused(answer) => Ok(answer.take()),
+        }
+    }
+}
+
+fn lost(error: PeerError) -> Lost {
+    Lost(error.to_string())
+}
+
+/// The registry's messages as calls to peers.
+struct RegistryRoad(PeerNet);
+
+impl RegistryRoad {
+    fn call(&self, to: &NodeId, request: Request, within: Duration) -> BoxFuture<'static, RegistryAnswer> {
+        let (net, to) = (self.0.clone(), to.clone());
+        Box::pin(async move {
+            match net.call(&to, &request, within).await {
+                Ok(Response::Raft { bytes } | Response::Admin { bytes }) => Ok(bytes),
+                Ok(_) => Err(TransportError::NoAnswer(format!("node {to} answered something else"))),
+                Err(error @ (PeerError::Unknown { .. } | PeerError::NotConnected { .. })) => {
+                    Err(TransportError::NotSent(error.to_string()))
+                }
+                Err(error) => Err(TransportError::NoAnswer(error.to_string())),
+            }
+        })
+    }
+}
+
+impl Transport for RegistryRoad {
+    fn raft(&self, to: &NodeId, message: Vec<u8>, within: Duration) -> BoxFuture<'static, RegistryAnswer> {
+        self.call(to, Request::Raft { group: REGISTRY_GROUP, bytes: message }, within)
+    }
+
+    fn forward(&self, to: &NodeId, command: Vec<u8>, within: Duration) -> BoxFuture<'static, RegistryAnswer> {
+        self.call(to, Request::Admin { bytes: command }, within)
+    }
+}

@@ -1,0 +1,214 @@
+//! Fetches adapters before somebody asks (AD-13, AD-16, AD-17): the shell around [`coordinator::prewarm`].
+//!
+//! A node remembers which of its tenants' tasks are asked for and when. From that it plans loads for itself, a few a
+//! minute and never against what tenants ask for now; it tells the successor of each likely tenant, and the new home of
+//! those that a change of the ring takes from it. Whoever is told has the last word: a node that is full ignores it.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use adapters::cache::ahead::Resident;
+use coordinator::prewarm::activity::Activity;
+use coordinator::prewarm::moved;
+use coordinator::prewarm::plan::{Caution, Known, Room, Step, plan};
+use coordinator::registry::snapshot::Snapshot;
+use coordinator::resolve::resolve;
+use coordinator::route::{Place, RoutingTable};
+use shared::adapter::AdapterRef;
+use shared::id::{BaseName, NodeId, Route};
+use shared::tenant::TenantContract;
+use wire::node::Request;
+
+use crate::app::App;
+use crate::base_room::BaseRoom;
+use crate::cluster::{ClusterNode, place};
+use crate::metrics;
+
+/// Between two plans.
+const EVERY: Duration = Duration::from_secs(60);
+/// How far ahead a plan looks.
+const AHEAD: Duration = Duration::from_secs(300);
+/// Loads that one plan may start on a node, and adapters it may name to another.
+const LOADS: usize = 4;
+/// An adapter that was fetched on a guess is wanted for this long.
+const WANTED_FOR: Duration = Duration::from_secs(60);
+/// Longest wait for another node to take a hint.
+const TELL_WITHIN: Duration = Duration::from_secs(1);
+
+/// What a node remembers of its tenants' habits.
+#[derive(Debug, Default)]
+pub struct Prewarmer(Mutex<Activity>);
+
+/// An adapter that is likely to be asked for, and by whom.
+struct Likely {
+    route: Route,
+    place: Place,
+    adapter: AdapterRef,
+    bytes: u64,
+    likely: f64,
+}
+
+// === impl Prewarmer ===
+
+impl Prewarmer {
+    /// A route was asked for at this wall time.
+    pub fn on_request(&self, wall: Duration, route: &Route) {
+        self.activity().on_request(wall, route);
+    }
+
+    /// What may be asked for soon, likeliest first; only what the tenants' contracts point at now.
+    fn likely(&self, wall: Duration, snapshot: &Snapshot) -> Vec<Likely> {
+        let activity = self.activity();
+        let mut found: Vec<Likely> = activity
+            .all(wall, AHEAD)
+            .filter_map(|(route, likely)| {
+                let view = snapshot.tenant(&route.tenant)?;
+                let (base, adapter, place) = target(view.contract(), route)?;
+                let bytes = view.record().adapters.values().find(|known| known.hash == adapter.hash)?.bytes;
+                debug_assert_eq!(place.base, base);
+                Some(Likely { route: route.clone(), place, adapter, bytes, likely })
+            })
+            .collect();
+        found.sort_by(|a, b| b.likely.total_cmp(&a.likely));
+        found
+    }
+
+    fn activity(&self) -> MutexGuard<'_, Activity> {
+        // A panic under this short lock leaves at worst one request uncounted.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The adapter that a route means under its contract.
+fn target(contract: &TenantContract, route: &Route) -> Option<(BaseName, AdapterRef, Place)> {
+    let target = resolve(contract, route.task.as_ref()?.as_str()).ok()?;
+    let adapter = AdapterRef { tenant: route.tenant.clone(), hash: target.adapter?.hash };
+    let place = place(&target.base, contract);
+    Some((target.base, adapter, place))
+}
+
+/// Plans until the node ends.
+pub async fn run(app: Weak<App>) {
+    let Some(cluster) = app.upgrade().map(|app| app.cluster().cloned()) else { return };
+    let mut tables = cluster.as_ref().map(|cluster| cluster.coordinator().tables());
+    let mut every = tokio::time::interval(EVERY);
+    let mut before = tables.as_ref().map(|tables| tables.borrow().clone());
+    loop {
+        let changed = async {
+            match &mut tables {
+                Some(tables) => tables.changed().await.is_ok(),
+                None => std::future::pending().await,
+            }
+        };
+        let ring_changed = tokio::select! {
+            _ = every.tick() => false,
+            alive = changed => if alive { true } else { return },
+        };
+        let Some(app) = app.upgrade() else { return };
+        match (&cluster, &mut before, ring_changed) {
+            (Some(cluster), Some(before), true) => {
+                let after = cluster.coordinator().tables().borrow().clone();
+                if after.epoch() != before.epoch() {
+                    hand_on(&app, cluster, before, &after).await;
+                    *before = after;
+                }
+            }
+            _ => {
+                for room in app.rooms().values() {
+                    warm_here(&app, room);
+                }
+                if let Some(cluster) = &cluster {
+                    tell_successors(&app, cluster).await;
+                }
+            }
+        }
+    }
+}
+
+/// Loads what this node's tenants are about to ask for.
+fn warm_here(app: &App, room: &BaseRoom) {
+    let snapshot = app.registry().snapshot();
+    let likely = app.prewarmer().likely(app.wall(), &snapshot);
+    let resident: BTreeMap<AdapterRef, Resident> =
+        room.cache.residents().into_iter().map(|resident| (resident.adapter.clone(), resident)).collect();
+    let mut known: BTreeMap<AdapterRef, Known> = resident
+        .values()
+        .map(|resident| {
+            let adapter = resident.adapter.clone();
+            let (bytes, leased) = (resident.bytes, resident.leased);
+            (adapter.clone(), Known { adapter, bytes, likely: 0.0, resident: true, leased })
+        })
+        .collect();
+    for Likely { adapter, bytes, likely, .. } in likely.into_iter().filter(|likely| likely.place.base == room.name) {
+        let fresh = || Known { adapter: adapter.clone(), bytes, likely, resident: false, leased: false };
+        let known = known.entry(adapter.clone()).or_insert_with(fresh);
+        known.likely = known.likely.max(likely);
+    }
+    let config = &app.config().adapters;
+    let budget = Room { slots: config.slots, bytes: config.engine_bytes as u64, loads: LOADS };
+    for step in plan(known.into_values().collect(), budget, Caution::default()) {
+        match step {
+            Step::Cool(adapter) => room.cache.cool(&adapter.id()),
+            Step::Warm(adapter) => {
+                metrics::prewarmed("plan");
+                room.cache.want(&adapter, app.now() + WANTED_FOR);
+            }
+        }
+    }
+}
+
+/// Names the likeliest adapters to the nodes that would serve them if this one died.
+async fn tell_successors(app: &App, cluster: &ClusterNode) {
+    let snapshot = app.registry().snapshot();
+    let table = cluster.coordinator().tables().borrow().clone();
+    let likely = app.prewarmer().likely(app.wall(), &snapshot);
+    let sure = likely.into_iter().filter(|likely| likely.likely >= Caution::default().likely_min);
+    let mut told = BTreeMap::<NodeId, usize>::new();
+    for likely in sure {
+        let Some(owners) = table.owners(&likely.place, &likely.route.tenant) else { continue };
+        let (true, Some(successor)) = (owners.home == table.me(), owners.successor) else { continue };
+        let n_told = told.entry(successor.clone()).or_default();
+        if *n_told < LOADS {
+            *n_told += 1;
+            tell(cluster, successor, table.epoch(), &likely).await;
+        }
+    }
+}
+
+/// Names the adapters of tenants that moved to the nodes that serve them now.
+async fn hand_on(app: &App, cluster: &ClusterNode, before: &RoutingTable, after: &RoutingTable) {
+    let snapshot = app.registry().snapshot();
+    let likely = app.prewarmer().likely(app.wall(), &snapshot);
+    let sure: Vec<Likely> =
+        likely.into_iter().filter(|likely| likely.likely >= Caution::default().likely_min).collect();
+    let new_homes = moved(before, after, sure.iter().map(|likely| (&likely.route, &likely.place)));
+    for (route, home) in new_homes.iter().filter(|(_, home)| home != after.me()) {
+        if let Some(likely) = sure.iter().find(|likely| likely.route == *route) {
+            tell(cluster, home, after.epoch(), likely).await;
+        }
+    }
+}
+
+async fn tell(cluster: &ClusterNode, to: &NodeId, epoch: u64, likely: &Likely) {
+    let request = Request::Warm { epoch, base: likely.place.base.clone(), adapter: likely.adapter.clone() };
+    if let Err(error) = cluster.net().call(to, &request, TELL_WITHIN).await {
+        tracing::debug!(%to, %error, "a node did not take a hint to warm an adapter");
+    }
+}
+
+/// Another node expects this adapter to be asked for here. Taken only where a place is free: it may be wrong.
+pub fn on_hint(app: &App, epoch: u64, base: &BaseName, adapter: &AdapterRef) {
+    let newest = app.cluster().map_or(0, |cluster| cluster.coordinator().tables().borrow().epoch());
+    let Some(room) = app.rooms().get(base) else { return };
+    if epoch < newest || room.cache.stats().resident >= app.config().adapters.slots {
+        return;
+    }
+    metrics::prewarmed("hint");
+    room.cache.want(adapter, app.now() + WANTED_FOR);
+}
+
+/// Starts planning for `app`.
+pub fn spawn(app: &Arc<App>) {
+    tokio::spawn(run(Arc::downgrade(app)));
+}

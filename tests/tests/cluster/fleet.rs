@@ -1,0 +1,98 @@
+//! A cluster with tenants, the requests they send, and what those get when nobody disturbs them.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tests::cluster::{Cluster, Streamed, Streaming};
+use tests::operator::{self, GENEROUS};
+use tests::process::{NodeSpec, scratch};
+
+/// Tenants: enough that each of three nodes is home to some.
+const N_TENANTS: usize = 9;
+/// Long enough that a node goes away in mid-stream.
+const N_TOKENS: u32 = 900;
+
+pub(crate) struct Fleet {
+    pub(crate) cluster: Cluster,
+    keys: Vec<String>,
+    /// The undisturbed answers, one per tenant.
+    expected: Vec<Vec<u32>>,
+}
+
+// === impl Fleet ===
+
+impl Fleet {
+    /// Three nodes with a tiny model whose requests have been answered once through the first node. A node that is
+    /// asked to leave hands its streams over at once.
+    pub(crate) fn start(name: &str) -> Self {
+        let folder = scratch(name);
+        let spec = NodeSpec::tiny(&folder).with(GENEROUS).with("[cluster]\ndrain_s = 0");
+        let cluster = Cluster::start(&folder, &spec, 3);
+        let tenant =
+            |n: usize| operator::tenant(&cluster.nodes[0], &format!("tenant{n}"), &json!({"allow_base": true}));
+        let keys = (0..N_TENANTS).map(tenant).collect();
+        let mut fleet = Self { cluster, keys, expected: Vec::new() };
+        fleet.wait_for_tenants();
+        let streams: Vec<Streaming> = fleet.streams(0).collect();
+        fleet.expected = streams.into_iter().map(|stream| complete(stream.join(), &fleet.cluster).ids).collect();
+        fleet
+    }
+
+    /// Every node knows every key.
+    fn wait_for_tenants(&self) {
+        for node in &self.cluster.nodes {
+            for key in &self.keys {
+                let known = (0..100).any(|_| {
+                    let status = node.get("/v1/models", key).status;
+                    if status != 200 {
+                        std::thread::sleep(Duration::from_millis(50));
+                    }
+                    status == 200
+                });
+                assert!(known, "node {} never heard of a tenant:\n{}", node.name(), self.cluster.logs());
+            }
+        }
+    }
+
+    /// What tenant `n` asks: half sample, and every third is bound to a schema.
+    fn body(n: usize) -> Value {
+        let mut body = json!({
+            "model": "tiny", "prompt": format!("tell me about {n}"), "max_tokens": N_TOKENS, "seed": n,
+            "temperature": if n.is_multiple_of(2) { 0.0 } else { 0.9 }, "ignore_eos": true,
+        });
+        if n % 3 == 2 {
+            body["response_format"] = json!({"type": "json_schema", "json_schema": {"name": "list", "schema": {
+                "type": "array", "items": {"type": "boolean"}, "minItems": 400
+            }}});
+        }
+        body
+    }
+
+    /// One stream per tenant, through one node.
+    pub(crate) fn streams(&self, door: usize) -> impl Iterator<Item = Streaming> + '_ {
+        let node = &self.cluster.nodes[door];
+        self.keys.iter().enumerate().map(move |(n, key)| Streaming::start(node, key, &Self::body(n)))
+    }
+
+    /// Starts a stream per tenant through node `door` and lets `disturb` loose once all have begun. Every stream must
+    /// end as if nothing had happened. Returns the longest pause of each.
+    pub(crate) fn undisturbed_by(&mut self, door: usize, disturb: impl FnOnce(&mut Cluster)) -> Vec<Duration> {
+        let streams: Vec<Streaming> = self.streams(door).collect();
+        while streams.iter().any(|stream| stream.n_tokens() < 5 && !stream.is_over()) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        disturb(&mut self.cluster);
+        let streamed: Vec<Streamed> =
+            streams.into_iter().map(|stream| complete(stream.join(), &self.cluster)).collect();
+        for (n, (streamed, expected)) in streamed.iter().zip(&self.expected).enumerate() {
+            let at = streamed.ids.iter().zip(expected).position(|(found, expected)| found != expected);
+            assert_eq!((at, streamed.ids.len()), (None, expected.len()), "tenant {n}:\n{}", self.cluster.logs());
+        }
+        streamed.iter().map(|streamed| streamed.gaps.iter().max().copied().unwrap_or_default()).collect()
+    }
+}
+
+fn complete(streamed: Streamed, cluster: &Cluster) -> Streamed {
+    assert_eq!((&streamed.error, streamed.finish.is_some()), (&None, true), "{}", cluster.logs());
+    streamed
+}
