@@ -15,7 +15,7 @@
 //! anything is stored.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use serde::{Deserialize, Serialize};
@@ -71,6 +71,16 @@ pub enum SealError {
     /// The key file is missing, unreadable, too open or malformed.
     #[error(transparent)]
     KeyFile(#[from] key_file::KeyFileError),
+    /// Where a cluster key was to be put lies another one.
+    #[error(
+        "{} holds another cluster key, under which this node may have stored tenants; hint: found the cluster with \
+         this node's data folder, or join with an empty one",
+        path.display()
+    )]
+    OtherKey {
+        /// Which file.
+        path: PathBuf,
+    },
 }
 
 /// A 32-byte secret that is wiped on drop and never shown.
@@ -166,9 +176,29 @@ impl ClusterKey {
         }
     }
 
+    /// Puts the key into `path` (mode 0600). The same key there already is fine; another one stays.
+    ///
+    /// # Errors
+    /// [`SealError::OtherKey`], and as [`ClusterKey::load_or_create`].
+    pub fn store(&self, path: &Path) -> Result<(), SealError> {
+        let text = key_file::load_or_create(path, || Zeroizing::new(to_hex(self.0.0.as_slice())))?;
+        let is_same = Self::parse(path, &text)?.fingerprint() == self.fingerprint();
+        if is_same { Ok(()) } else { Err(SealError::OtherKey { path: path.to_owned() }) }
+    }
+
     /// A fresh key that is stored nowhere; for tests and for `ctl`.
     pub fn random() -> Self {
         Self(Secret::random())
+    }
+
+    /// The key that [`ClusterKey::reveal`] gave.
+    pub fn from_bytes(bytes: Zeroizing<[u8; KEY_BYTES]>) -> Self {
+        Self(Secret(bytes))
+    }
+
+    /// The key itself, for a node that is being let into the cluster and for nobody else.
+    pub fn reveal(&self) -> &[u8; KEY_BYTES] {
+        &self.0.0
     }
 
     /// A 32-byte secret for one purpose, the same on every node. `purpose` is a constant of the program.

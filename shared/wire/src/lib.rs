@@ -2,7 +2,8 @@
 //!
 //! The only crate that derives `rkyv`. No sockets, no clock: bytes in, vocabulary out, and the other way round.
 //! Reading order: [`frame`] (the header every frame starts with), [`node`] (what nodes say, as vocabulary),
-//! `message` and `convert` (the same as bytes), [`client`] (what clients and nodes say: fixed layouts, no `rkyv`).
+//! `message` and `convert` (the same as bytes), [`client`] and [`join`] (what clients, and nodes that are not in yet,
+//! say and are told: fixed layouts, no `rkyv`).
 //!
 //! # Versions
 //!
@@ -20,6 +21,7 @@ pub mod node;
 mod message;
 mod convert;
 pub mod client;
+pub mod join;
 
 pub use frame::{Decoder, Frame, FrameError};
 
