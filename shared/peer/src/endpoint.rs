@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::crypto::rustls::QuicServerConfig;
-use quinn::{AsyncUdpSocket, Endpoint, EndpointConfig, IdleTimeout, Runtime, ServerConfig, TransportConfig, VarInt};
+use quinn::{
+    AsyncUdpSocket, Connection, Endpoint, EndpointConfig, IdleTimeout, Runtime, ServerConfig, TransportConfig, VarInt,
+};
 use quinn_proto::HashedConnectionIdGenerator;
 use ring::hmac;
 
@@ -23,11 +25,13 @@ const KEEP_ALIVE: Duration = Duration::from_millis(250);
 /// packet would be repeated only when the connection is given up already.
 const INITIAL_RTT: Duration = Duration::from_millis(50);
 /// Exchanges of one peer at once: requests that run on this node for it, and calls.
-pub(crate) const STREAMS_MAX: u32 = 4096;
+const STREAMS_MAX: u32 = 4096;
 /// Bytes that one exchange may have under way: a start with a long prompt in two round trips.
 const STREAM_WINDOW: u32 = 256 * 1024;
 /// Bytes that one peer may have under way; quinn's default has no bound.
 const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
+/// Bytes that somebody may have under way before it is known who it is: a hello. One stream takes that.
+const STRANGER_WINDOW: u32 = 64 * 1024;
 /// Bytes of heartbeats that may wait: a second's worth, many times over. The newest push out the oldest.
 const DATAGRAM_BUFFER: usize = 64 * 1024;
 /// Handshakes at once: far above any cluster, far below harm.
@@ -57,7 +61,7 @@ impl EndpointParts {
     }
 }
 
-fn transport(streams_max: u32) -> TransportConfig {
+fn transport(streams_max: u32, window: u32) -> TransportConfig {
     let mut transport = TransportConfig::default();
     transport
         .max_idle_timeout(Some(IdleTimeout::try_from(IDLE).expect("one second is a valid time-out")))
@@ -66,7 +70,7 @@ fn transport(streams_max: u32) -> TransportConfig {
         .max_concurrent_bidi_streams(VarInt::from_u32(streams_max))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
-        .receive_window(VarInt::from_u32(CONNECTION_WINDOW))
+        .receive_window(VarInt::from_u32(window))
         .send_window(u64::from(CONNECTION_WINDOW))
         .datagram_receive_buffer_size(Some(DATAGRAM_BUFFER))
         .datagram_send_buffer_size(DATAGRAM_BUFFER);
@@ -75,7 +79,13 @@ fn transport(streams_max: u32) -> TransportConfig {
 
 /// How this node dials: it asks on what it dials and serves on what it accepts, so peers open nothing there.
 pub(crate) fn dialling() -> Arc<TransportConfig> {
-    Arc::new(transport(0))
+    Arc::new(transport(0, CONNECTION_WINDOW))
+}
+
+/// Gives a peer that has proved who it is what peers may have; until then it has next to nothing.
+pub(crate) fn welcome(connection: &Connection) {
+    connection.set_receive_window(VarInt::from_u32(CONNECTION_WINDOW));
+    connection.set_max_concurrent_bi_streams(VarInt::from_u32(STREAMS_MAX));
 }
 
 /// The endpoint. Reset key and connection ids come from the node's own secret: a restarted node can so tell its
@@ -88,7 +98,7 @@ pub(crate) fn open(identity: &Identity, tls: QuicServerConfig, parts: EndpointPa
     config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(id_key)));
     config.rng_seed(parts.rng_seed);
     let mut server = ServerConfig::with_crypto(Arc::new(tls));
-    server.transport_config(Arc::new(transport(STREAMS_MAX)));
+    server.transport_config(Arc::new(transport(1, STRANGER_WINDOW)));
     server.migration(false);
     server.max_incoming(INCOMING_MAX);
     Endpoint::new_with_abstract_socket(config, Some(server), parts.socket, parts.runtime)

@@ -2,7 +2,8 @@
 //!
 //! Knows messages ([`wire`]) but no policy: whom to call, what to retry and who owns a tenant is decided by the
 //! coordinator and the node. Reading order: [`pki`] (who is who), [`endpoint`] (sockets and their bounds), [`net`]
-//! (asking others), [`serve`](mod@serve) (being asked), [`refusal`] (who was turned away), [`clients`] (the other door).
+//! (asking others), [`serve`](mod@serve) (being asked), [`join`](mod@join) (coming in for the first time), [`refusal`] (who
+//! was turned away), [`clients`] (the other door).
 //!
 //! Every node dials every other and asks on the connection it dialled; what it accepts it only serves. So no two
 //! ends have to agree which connection of two to keep, at the price of two keep-alives per pair.
@@ -15,11 +16,13 @@ pub mod endpoint;
 mod stream;
 pub mod net;
 pub mod serve;
+pub mod join;
 pub mod refusal;
 pub mod clients;
 
 pub use endpoint::EndpointParts;
+pub use join::{JoinError, join};
 pub use net::{Exchange, PeerError, PeerNet, PeerNetConfig};
-pub use pki::{Ca, Identity};
+pub use pki::{Authority, Ca, Identity};
 pub use refusal::{Refusal, Refusals};
 pub use serve::{EventSink, PeerService, serve};

@@ -22,7 +22,8 @@ use wire::frame::FrameError;
 use wire::node::{Answer, Hello, Message, Request, Response, Start};
 
 use crate::endpoint::{self, EndpointParts};
-use crate::pki::{Identity, node_name};
+use crate::join::Door;
+use crate::pki::{Authority, Identity, node_name};
 use crate::refusal::Refusals;
 use crate::stream::{Frames, StreamError, code, why};
 use crate::tls;
@@ -89,6 +90,9 @@ pub struct PeerNetConfig {
     pub peers: BTreeMap<NodeId, SocketAddr>,
     /// Its time, for deadlines that travel.
     pub clock: Arc<dyn Clock>,
+    /// The cluster's authority if it is on this machine ([`Authority::open`]): then nodes with an invitation may join
+    /// at this one's port.
+    pub authority: Option<Authority>,
 }
 
 /// No endpoint could be had.
@@ -119,6 +123,8 @@ pub(crate) struct Inner {
     pub(crate) endpoint: Endpoint,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) refusals: Refusals,
+    /// Where nodes join, if they do here.
+    pub(crate) door: Option<Door>,
     peers: BTreeMap<NodeId, Peer>,
 }
 
@@ -134,7 +140,7 @@ impl PeerNet {
     /// # Errors
     /// When certificates or socket cannot be used. Peers that are away are no error.
     pub fn new(identity: &Identity, config: PeerNetConfig, parts: EndpointParts) -> Result<Self, OpenError> {
-        let endpoint = endpoint::open(identity, tls::server(identity)?, parts)?;
+        let endpoint = endpoint::open(identity, tls::server(identity, config.authority.is_some())?, parts)?;
         let mut client = ClientConfig::new(Arc::new(tls::client(identity)?));
         client.transport_config(endpoint::dialling());
         let hello = Arc::new(config.hello);
@@ -151,8 +157,15 @@ impl PeerNet {
             };
             (node, Peer { link, dialler: tokio::spawn(dialler.run()) })
         });
-        let peers = peers.collect();
-        Ok(Self(Arc::new(Inner { hello, endpoint, clock: config.clock, refusals: Refusals::default(), peers })))
+        let inner = Inner {
+            peers: peers.collect(),
+            hello,
+            endpoint,
+            clock: config.clock,
+            refusals: Refusals::default(),
+            door: config.authority.map(Door::new),
+        };
+        Ok(Self(Arc::new(inner)))
     }
 
     /// Whether a peer can be asked right now.

@@ -2,10 +2,12 @@
 //!
 //! A node's certificate names it as `NODE.node.tenantry`, so TLS itself checks that the one dialled is the one
 //! meant, and the name is the role: a certificate for `NAME.client.tenantry` opens no node's door. All keys are
-//! Ed25519. [`invite`] lets nodes in; the authority's key never leaves its folder, and a node's key never leaves the
-//! node.
+//! Ed25519. [`authority`] lets nodes in, on its own machine or by [`invite`]; its key never leaves its folder, and a
+//! node's key never leaves the node.
 
+pub mod authority;
 pub mod invite;
+pub(crate) mod certificate;
 
 use std::fs;
 use std::io::{self, Write};
@@ -20,9 +22,11 @@ use rcgen::{
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use shared::id::NodeId;
+use shared::seal::SealError;
 use shared::seal::key_file::{self, KeyFileError};
 use zeroize::Zeroizing;
 
+pub use authority::{Admission, Authority};
 pub use invite::Token;
 
 /// How long a node's certificate is good for: a year, since renewing it takes a person with the authority's key.
@@ -40,6 +44,22 @@ pub enum PkiError {
     /// A key file is missing, unreadable, too open or malformed.
     #[error(transparent)]
     KeyFile(#[from] KeyFileError),
+    /// The cluster key cannot be had, or is another one than the node's.
+    #[error(transparent)]
+    ClusterKey(#[from] SealError),
+    /// Nodes of this machine have served as clusters of their own.
+    #[error(
+        "{} and {} hold different cluster keys, so they have served as clusters of their own; hint: found the cluster \
+         with one of them and give the others empty data folders",
+        first.display(),
+        second.display()
+    )]
+    TwoClusters {
+        /// One of the key files.
+        first: PathBuf,
+        /// Another.
+        second: PathBuf,
+    },
     /// The operating system refused.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -76,9 +96,11 @@ pub fn node_name(node: &NodeId) -> String {
     format!("{node}.node.tenantry")
 }
 
-/// The authority that certifies the nodes of one cluster; lives in a folder.
+/// The name of the cluster key in a node's data folder and in the authority's.
+pub const CLUSTER_KEY: &str = "cluster.key";
+
+/// What signs the certificates of the nodes of one cluster; lives in a folder.
 pub struct Ca {
-    folder: PathBuf,
     key: KeyPair,
     pem: String,
 }
@@ -99,7 +121,7 @@ impl Ca {
         let pem_path = folder.join("ca.pem");
         let pem = key_file::load_or_create(&pem_path, || Zeroizing::new(made.pem()))?.to_string();
         CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|_| malformed(pem_path, "certificate"))?;
-        Ok(Self { folder: folder.to_owned(), key, pem })
+        Ok(Self { key, pem })
     }
 
     /// Its certificate, PEM.
@@ -107,21 +129,13 @@ impl Ca {
         &self.pem
     }
 
-    /// A node's certificate (PEM) for the key that only the node has.
-    ///
-    /// # Errors
-    /// When the name cannot stand in a certificate, which a [`NodeId`] always can.
-    pub fn certify_node(
-        &self,
-        node: &NodeId,
-        key: &[u8; PUBLIC_KEY_BYTES],
-        now: Duration,
-        validity: Duration,
-    ) -> Result<String, PkiError> {
-        self.certify(&node_name(node), key, now, validity)
+    /// Its certificate.
+    pub(crate) fn der(&self) -> CertificateDer<'static> {
+        CertificateDer::from_pem_slice(self.pem.as_bytes()).expect("it was parsed when it was loaded")
     }
 
-    /// A certificate (PEM) for any name; roles other than `node` open no door yet.
+    /// A certificate (PEM) for any name, and the key that only its bearer has; roles other than `node` open no door
+    /// yet.
     ///
     /// # Errors
     /// When the name cannot stand in a certificate.
@@ -255,6 +269,11 @@ impl Identity {
     /// A secret that survives restarts and that only this node has, for one purpose.
     pub(crate) fn secret(&self, purpose: &str) -> [u8; 32] {
         blake3::derive_key(purpose, self.key.secret_pkcs8_der())
+    }
+
+    /// What is shown: the certificate, and the authority's for those who know it by fingerprint only.
+    pub(crate) fn chain(&self) -> Vec<CertificateDer<'static>> {
+        vec![self.certificate.clone(), self.ca.clone()]
     }
 
     pub(crate) fn private_key(&self) -> PrivateKeyDer<'static> {

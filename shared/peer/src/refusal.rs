@@ -16,9 +16,9 @@ pub enum Refusal {
     WrongAuthority,
     /// The certificate is valid but names no node of this cluster: a client's, or a node that was taken out.
     NotANode,
-    /// The certificate names another node than the one that is claimed.
+    /// The certificate or the invitation is another node's than the one that is claimed.
     OtherNode,
-    /// A node of another cluster.
+    /// A node of another cluster, or one that holds another cluster's key.
     OtherCluster,
     /// Not our protocol: wrong version, broken frames, too slow to say hello.
     Protocol,
@@ -28,11 +28,13 @@ pub enum Refusal {
     TokenUnknown,
     /// The invitation is too old.
     TokenExpired,
+    /// Too many bad invitations from one address.
+    TooMany,
 }
 
 impl Refusal {
     /// All of them, in declaration order.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::NoCertificate,
         Self::Expired,
         Self::WrongAuthority,
@@ -43,6 +45,7 @@ impl Refusal {
         Self::Handshake,
         Self::TokenUnknown,
         Self::TokenExpired,
+        Self::TooMany,
     ];
 
     /// For logs and metric labels.
@@ -58,6 +61,7 @@ impl Refusal {
             Self::Handshake => "handshake",
             Self::TokenUnknown => "token_unknown",
             Self::TokenExpired => "token_expired",
+            Self::TooMany => "too_many",
         }
     }
 }
@@ -78,9 +82,14 @@ impl Refusals {
         self.0[reason as usize].load(Ordering::Relaxed)
     }
 
+    /// Counts one that is not worth a line of its own.
+    pub(crate) fn count_only(&self, reason: Refusal) {
+        self.0[reason as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Counts one and tells the audit log; `from` says where it came from, `detail` what was seen.
     pub fn note(&self, reason: Refusal, from: &dyn fmt::Display, detail: &dyn fmt::Display) {
-        self.0[reason as usize].fetch_add(1, Ordering::Relaxed);
+        self.count_only(reason);
         tracing::warn!(target: "audit", %reason, %from, %detail, "refused a peer");
     }
 }

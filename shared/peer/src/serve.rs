@@ -1,7 +1,8 @@
 //! Being asked: who may come in, and which part of the node answers.
 //!
-//! Nothing of a connection is decoded before its certificate names a node of this cluster. Called by the node's
-//! shell once, with what answers ([`PeerService`]).
+//! Nothing of a connection is decoded before its certificate names a node of this cluster; who has none may only join
+//! ([`crate::join`]), where that is possible at all. Called by the node's shell once, with what answers
+//! ([`PeerService`]).
 
 use std::future::Future;
 use std::sync::Arc;
@@ -12,17 +13,24 @@ use rustls::pki_types::CertificateDer;
 use shared::clock::Clock;
 use shared::cluster::Heartbeat;
 use shared::id::NodeId;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 use wire::node::{Answer, Hello, Message, Opening, Request, Response, Start};
 
+use crate::endpoint;
 use crate::net::PeerNet;
 use crate::refusal::Refusal;
-use crate::stream::{Frames, StreamError, code};
+use crate::stream::{self, Frames, StreamError, code};
 
 /// A peer says hello within this time, or its connection is held for nothing.
 const HELLO_WAIT_MAX: Duration = Duration::from_secs(2);
 /// A message has arrived in full within this time, or its stream is held for nothing.
 const MESSAGE_WAIT_MAX: Duration = Duration::from_secs(10);
+
+/// Handshakes at once, each for [`HELLO_WAIT_MAX`] twice at most: far above any cluster, far below harm.
+const HANDSHAKES_MAX: usize = 256;
+/// From this many open handshakes on, addresses are validated first: nobody is made to answer for somebody else.
+const VALIDATE_FROM: usize = 64;
 
 /// What answers the other nodes.
 pub trait PeerService: Send + Sync + 'static {
@@ -48,25 +56,40 @@ pub async fn serve<S: PeerService>(net: PeerNet, service: Arc<S>) {
         drop(net);
         weak
     };
+    let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
     while let Some(incoming) = endpoint.accept().await {
         let Some(inner) = net.upgrade() else { return };
-        tokio::spawn(admit(PeerNet(inner), service.clone(), incoming));
+        let n_open = HANDSHAKES_MAX - handshakes.available_permits();
+        if n_open >= VALIDATE_FROM && !incoming.remote_address_validated() {
+            let _ = incoming.retry();
+            continue;
+        }
+        match handshakes.clone().try_acquire_owned() {
+            Ok(permit) => drop(tokio::spawn(admit(PeerNet(inner), service.clone(), incoming, permit))),
+            // No answer, so that a peer dials again: a refusal would look like one for good.
+            Err(_) => incoming.ignore(),
+        }
     }
 }
 
-/// From a first packet to a peer that may ask.
-async fn admit<S: PeerService>(net: PeerNet, service: Arc<S>, incoming: Incoming) {
+/// From a first packet to a peer that may ask. `handshake` is held until it is known who it is.
+async fn admit<S: PeerService>(net: PeerNet, service: Arc<S>, incoming: Incoming, handshake: OwnedSemaphorePermit) {
     let address = incoming.remote_address();
     let connecting = async { incoming.accept()?.await };
-    let connection = match connecting.await {
-        Ok(connection) => connection,
-        Err(error) => {
+    let connection = match timeout(HELLO_WAIT_MAX, connecting).await {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) => {
             if let Some(reason) = refused_by_tls(&error) {
                 net.0.refusals.note(reason, &address, &error);
             }
             return;
         }
+        // Whoever it was did not go on.
+        Err(_) => return,
     };
+    if let (Some(door), true) = (&net.0.door, stream::protocol(&connection) == wire::JOIN_ALPN) {
+        return door.attend(&connection, &*net.0.clock, &net.0.refusals).await;
+    }
     let from = match identify(&net, &connection).await {
         Ok((from, hello)) => {
             service.hello(&from, &hello);
@@ -78,6 +101,7 @@ async fn admit<S: PeerService>(net: PeerNet, service: Arc<S>, incoming: Incoming
             return;
         }
     };
+    drop(handshake);
     let clock = net.0.clock.clone();
     let protocol_error = {
         let weak = Arc::downgrade(&net.0);
@@ -110,7 +134,8 @@ fn refused_by_tls(error: &ConnectionError) -> Option<Refusal> {
 async fn identify(net: &PeerNet, connection: &Connection) -> Result<(NodeId, Hello), (Refusal, String)> {
     let shown = connection.peer_identity().and_then(|shown| shown.downcast::<Vec<CertificateDer<'static>>>().ok());
     let certificate = shown.as_ref().and_then(|chain| chain.first());
-    let certificate = certificate.ok_or((Refusal::NoCertificate, "TLS let it pass".to_owned()))?;
+    // Where nodes may join, TLS lets pass who shows none.
+    let certificate = certificate.ok_or((Refusal::NoCertificate, "without one it may only join".to_owned()))?;
     let named = net.0.named_by(certificate);
     let from = named.ok_or((Refusal::NotANode, "the certificate names no other node of this cluster".to_owned()))?;
     let greeting = async {
@@ -127,6 +152,7 @@ async fn identify(net: &PeerNet, connection: &Connection) -> Result<(NodeId, Hel
     if hello.cluster != net.0.hello.cluster {
         return Err((Refusal::OtherCluster, format!("node {from} of cluster {:?}", hello.cluster)));
     }
+    endpoint::welcome(connection);
     let mut frame = Vec::new();
     let ours = net.0.hello.encode(net.0.clock.now(), &mut frame);
     ours.map_err(|error| (Refusal::Protocol, format!("our own hello: {error}")))?;

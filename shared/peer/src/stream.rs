@@ -1,6 +1,7 @@
 //! Frames on QUIC streams: a thin shell around [`wire::Decoder`].
 
 use bytes::{Buf, Bytes};
+use quinn::crypto::rustls::HandshakeData;
 use quinn::{Connection, ConnectionError, ReadError, RecvStream, VarInt, WriteError};
 use wire::frame::{Decoder, Frame, FrameError, Kind};
 
@@ -104,6 +105,12 @@ impl Frames {
     pub(crate) fn stop(&mut self) {
         let _ = self.stream.stop(code::CANCELLED);
     }
+}
+
+/// The protocol that TLS agreed on.
+pub(crate) fn protocol(connection: &Connection) -> Vec<u8> {
+    let shown = connection.handshake_data().and_then(|data| data.downcast::<HandshakeData>().ok());
+    shown.and_then(|data| data.protocol).unwrap_or_default()
 }
 
 /// Why a connection is over, in words for logs.

@@ -1,18 +1,21 @@
 //! TLS between nodes: version 1.3, both sides with certificates of the cluster's authority, no early data, no
-//! resumption.
+//! resumption. Only at the node that holds the authority may somebody without a certificate come in, to join.
 
 use std::sync::Arc;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{Resumption, verify_server_name};
-use rustls::crypto::CryptoProvider;
-use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::{NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier};
 use rustls::version::TLS13;
-use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, ServerConfig, SignatureScheme,
+};
 use shared::id::NodeId;
 
-use crate::pki::{Identity, node_name};
+use crate::pki::{Identity, certificate, node_name};
 
 /// Certificates and keys that TLS cannot work with.
 #[derive(Debug, thiserror::Error)]
@@ -37,17 +40,22 @@ fn roots(identity: &Identity) -> Result<Arc<RootCertStore>, TlsError> {
     Ok(Arc::new(roots))
 }
 
-/// For those who dial this node.
-pub(crate) fn server(identity: &Identity) -> Result<QuicServerConfig, TlsError> {
-    let verifier =
-        WebPkiClientVerifier::builder_with_provider(roots(identity)?, provider()).build().map_err(TlsError::new)?;
+/// For those who dial this node. With `may_join`, a certificate may be missing: who shows none is to be sent away
+/// unless the protocol is [`wire::JOIN_ALPN`], which is spoken only then.
+pub(crate) fn server(identity: &Identity, may_join: bool) -> Result<QuicServerConfig, TlsError> {
+    let verifier = WebPkiClientVerifier::builder_with_provider(roots(identity)?, provider());
+    let verifier = if may_join { verifier.allow_unauthenticated() } else { verifier };
+    let verifier = verifier.build().map_err(TlsError::new)?;
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])
         .map_err(TlsError::new)?
         .with_client_cert_verifier(verifier)
-        .with_single_cert(vec![identity.certificate.clone()], identity.private_key())
+        .with_single_cert(identity.chain(), identity.private_key())
         .map_err(TlsError::new)?;
     config.alpn_protocols = vec![wire::NODE_ALPN.to_vec()];
+    if may_join {
+        config.alpn_protocols.push(wire::JOIN_ALPN.to_vec());
+    }
     config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(NoServerSessionStorage {});
     QuicServerConfig::try_from(config).map_err(TlsError::new)
@@ -65,6 +73,64 @@ pub(crate) fn client(identity: &Identity) -> Result<QuicClientConfig, TlsError> 
     config.enable_early_data = false;
     config.resumption = Resumption::disabled();
     QuicClientConfig::try_from(config).map_err(TlsError::new)
+}
+
+/// For a node that has nothing but an invitation: it believes the authority that this names, and shows nothing.
+pub(crate) fn joining(authority: [u8; 32]) -> Result<QuicClientConfig, TlsError> {
+    let mut config = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&TLS13])
+        .map_err(TlsError::new)?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Named { authority, provider: provider() }))
+        .with_no_client_auth();
+    config.alpn_protocols = vec![wire::JOIN_ALPN.to_vec()];
+    config.enable_early_data = false;
+    config.resumption = Resumption::disabled();
+    QuicClientConfig::try_from(config).map_err(TlsError::new)
+}
+
+/// Believes a node whose certificate comes with that of an authority of a known fingerprint, and is signed by it.
+#[derive(Debug)]
+struct Named {
+    authority: [u8; 32],
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerCertVerifier for Named {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let authority = others.iter().find(|ca| certificate::fingerprint(ca) == self.authority);
+        let authority = authority.ok_or(Error::InvalidCertificate(CertificateError::UnknownIssuer))?;
+        certificate::verifier(authority)?.verify_server_cert(leaf, &[], name, ocsp, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls12_signature(message, leaf, signed, &self.provider.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature(message, leaf, signed, &self.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
 }
 
 /// Whether a certificate that TLS has accepted is the node's.

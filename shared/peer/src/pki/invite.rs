@@ -13,7 +13,8 @@ use std::time::Duration;
 
 use shared::id::NodeId;
 
-use super::{Ca, NODE_VALIDITY, PUBLIC_KEY_BYTES, PkiError, write_private};
+use super::authority::{Admission, Applicant, Authority, Entry, files};
+use super::{PkiError, write_private};
 use crate::refusal::Refusal;
 
 /// How long an invitation is good for, unless said otherwise.
@@ -24,7 +25,7 @@ const PREFIX: &str = "tj1";
 /// An invitation, spelled `tj1_SECRET_AUTHORITY` with 64 hex digits each. Never shown by `Debug`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Token {
-    secret: [u8; 32],
+    pub(crate) secret: [u8; 32],
     /// Fingerprint of the authority's certificate.
     pub authority: [u8; 32],
 }
@@ -73,63 +74,68 @@ impl FromStr for Token {
     }
 }
 
-/// What an invitation gets a node.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Admission {
-    /// Whom the invitation was for.
-    pub node: NodeId,
-    /// Its certificate, PEM.
-    pub certificate: String,
-    /// The authority's certificate, PEM.
-    pub ca: String,
-}
-
-fn io_error(action: &'static str, path: PathBuf) -> impl FnOnce(io::Error) -> PkiError {
-    move |source| PkiError::Io { action, path, source }
-}
-
-impl Ca {
-    /// Invites a node until `ttl` from `now` (wall time since the Unix epoch).
+impl Authority {
+    /// Invites a node until `ttl` from `now` (wall time since the Unix epoch). Invitations that are too old go.
     ///
     /// # Errors
     /// When the invitation cannot be stored.
     pub fn invite(&self, node: &NodeId, now: Duration, ttl: Duration) -> Result<Token, PkiError> {
+        for (name, text) in files(&self.invitations())? {
+            if parse(&text).is_some_and(|entry| now >= entry.until) {
+                let _ = fs::remove_file(self.invitations().join(name));
+            }
+        }
         let mut secret = [0_u8; 32];
         getrandom::fill(&mut secret).expect("the operating system provides randomness");
-        let token = Token { secret, authority: *blake3::hash(self.pem().as_bytes()).as_bytes() };
+        let token = Token { secret, authority: self.fingerprint() };
         let record = format!("{node} {}\n", (now + ttl).as_secs());
-        write_private(&self.folder.join("invitations").join(token.name()), &record)?;
+        write_private(&self.invitations().join(token.name()), &record)?;
         Ok(token)
     }
 
     /// Uses an invitation up and certifies the key of the node it was for.
     ///
     /// # Errors
-    /// [`PkiError::Refused`] for an invitation that was never given, has been used or is too old.
-    pub fn redeem(&self, token: &Token, key: &[u8; PUBLIC_KEY_BYTES], now: Duration) -> Result<Admission, PkiError> {
-        let path = self.folder.join("invitations").join(token.name());
+    /// [`PkiError::Refused`] for an invitation that was never given, has been used, is too old, or is for another
+    /// node, and for a node that holds another cluster's key. The last two leave the invitation as it is.
+    pub fn redeem(&self, token: &Token, applicant: Applicant<'_>, now: Duration) -> Result<Admission, PkiError> {
+        let refused = |reason| Err(PkiError::Refused(reason));
+        let path = self.invitations().join(token.name());
         let record = match fs::read_to_string(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(PkiError::Refused(Refusal::TokenUnknown));
-            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return refused(Refusal::TokenUnknown),
             read => read.map_err(io_error("read", path.clone()))?,
         };
+        let entry = parse(&record).ok_or(PkiError::Malformed { path: path.clone(), expected: "invitation" })?;
+        if now < entry.until {
+            if entry.node != *applicant.node {
+                return refused(Refusal::OtherNode);
+            }
+            if applicant.holds.is_some_and(|held| !self.is_key(&held)) {
+                return refused(Refusal::OtherCluster);
+            }
+        }
         // Whoever removes the file has used the invitation.
         match fs::remove_file(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(PkiError::Refused(Refusal::TokenUnknown));
-            }
-            removed => removed.map_err(io_error("remove", path.clone()))?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return refused(Refusal::TokenUnknown),
+            removed => removed.map_err(io_error("remove", path))?,
         }
-        let (node, until_s) = record
-            .trim()
-            .split_once(' ')
-            .and_then(|(node, until)| Some((node.parse::<NodeId>().ok()?, until.parse::<u64>().ok()?)))
-            .ok_or(PkiError::Malformed { path, expected: "invitation" })?;
-        if now.as_secs() >= until_s {
-            return Err(PkiError::Refused(Refusal::TokenExpired));
+        if now >= entry.until {
+            return refused(Refusal::TokenExpired);
         }
-        let certificate = self.certify_node(&node, key, now, NODE_VALIDITY)?;
-        Ok(Admission { node, certificate, ca: self.pem().to_owned() })
+        self.certify(&entry.node, applicant.key, now)
     }
+
+    fn invitations(&self) -> PathBuf {
+        self.folder.join("invitations")
+    }
+}
+
+/// The record of an invitation: for whom, until when.
+pub(super) fn parse(record: &str) -> Option<Entry> {
+    let (node, until) = record.trim().split_once(' ')?;
+    Some(Entry { node: node.parse().ok()?, until: Duration::from_secs(until.parse().ok()?) })
+}
+
+fn io_error(action: &'static str, path: PathBuf) -> impl FnOnce(io::Error) -> PkiError {
+    move |source| PkiError::Io { action, path, source }
 }

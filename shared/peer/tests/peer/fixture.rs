@@ -8,8 +8,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use peer::net::PeerNetConfig;
-use peer::pki::NodeKey;
-use peer::{Ca, EndpointParts, EventSink, Identity, PeerNet, PeerService};
+use peer::{Authority, EndpointParts, EventSink, Identity, PeerNet, PeerService};
 use shared::clock::{Clock, SystemClock};
 use shared::cluster::{Heartbeat, NodeLoad, NodePhase};
 use shared::error::RequestError;
@@ -42,16 +41,15 @@ pub(crate) fn node(name: &str) -> NodeId {
     name.parse().expect("a name")
 }
 
-/// Invites a node and lets it join; its data lies in `folder/NAME` afterwards.
+/// The authority in `folder/ca`.
+pub(crate) fn authority(folder: &Path) -> Authority {
+    Authority::found(&folder.join("ca"), &[], SystemClock.wall()).expect("an authority")
+}
+
+/// Lets a node in; its data lies in `folder/NAME` afterwards.
 pub(crate) fn join(folder: &Path, name: &str) -> Identity {
-    let now = SystemClock.wall();
-    let ca = Ca::load_or_create(&folder.join("ca"), now).expect("an authority");
     let data = folder.join(name);
-    let key = NodeKey::load_or_create(&data).expect("a key");
-    let token = ca.invite(&node(name), now, Duration::from_secs(60)).expect("an invitation");
-    let admission = ca.redeem(&token, &key.public(), now).expect("let in");
-    assert_eq!(admission.node, node(name));
-    Identity::store(&data, &admission.certificate, &admission.ca).expect("stored");
+    authority(folder).admit_here(&node(name), &data, SystemClock.wall()).expect("let in");
     Identity::load(node(name), &data).expect("an identity")
 }
 
@@ -61,7 +59,7 @@ pub(crate) fn hello(name: &str) -> Hello {
 
 pub(crate) fn config(name: &str, peers: &[(&str, SocketAddr)], clock: Arc<dyn Clock>) -> PeerNetConfig {
     let peers: BTreeMap<NodeId, SocketAddr> = peers.iter().map(|(name, address)| (node(name), *address)).collect();
-    PeerNetConfig { hello: hello(name), peers, clock }
+    PeerNetConfig { hello: hello(name), peers, clock, authority: None }
 }
 
 pub(crate) fn loopback() -> EndpointParts {
@@ -70,7 +68,17 @@ pub(crate) fn loopback() -> EndpointParts {
 
 /// A node on loopback that serves; it knows `peers`.
 pub(crate) fn serving(identity: &Identity, peers: &[(&str, SocketAddr)], parts: EndpointParts) -> (PeerNet, Arc<Echo>) {
-    let config = config(identity.node.as_str(), peers, Arc::new(SystemClock));
+    serving_with(identity, peers, parts, None)
+}
+
+/// As [`serving`], where nodes may join if there is an authority.
+pub(crate) fn serving_with(
+    identity: &Identity,
+    peers: &[(&str, SocketAddr)],
+    parts: EndpointParts,
+    authority: Option<Authority>,
+) -> (PeerNet, Arc<Echo>) {
+    let config = PeerNetConfig { authority, ..config(identity.node.as_str(), peers, Arc::new(SystemClock)) };
     let net = PeerNet::new(identity, config, parts).expect("an endpoint");
     let echo = Arc::new(Echo::default());
     tokio::spawn(peer::serve(net.clone(), echo.clone()));

@@ -16,7 +16,7 @@ use tokio::time::timeout;
 use wire::frame::{Decoder, FrameError};
 use wire::node::{Hello, Message, Request, Response};
 
-use crate::fixture::{Folder, hello, join, loopback, node, serving, until};
+use crate::fixture::{Folder, authority, hello, join, loopback, node, serving_with, until};
 
 const SOON: Duration = Duration::from_secs(5);
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -29,12 +29,18 @@ struct Scene {
 }
 
 fn scene() -> Scene {
+    scene_with(true)
+}
+
+/// With the authority at a, who shows no certificate gets past TLS: the weaker of both.
+fn scene_with(has_authority: bool) -> Scene {
     let folder = Folder::new();
     let a = join(&folder.0, "a");
     let nowhere: SocketAddr = ([127, 0, 0, 1], 1).into();
     let parts = loopback();
     let address = parts.socket.local_addr().expect("bound");
-    let (net, _) = serving(&a, &[("b", nowhere), ("c", nowhere)], parts);
+    let authority = has_authority.then(|| authority(&folder.0));
+    let (net, _) = serving_with(&a, &[("b", nowhere), ("c", nowhere)], parts, authority);
     Scene { folder, net, address }
 }
 
@@ -110,11 +116,39 @@ async fn ask(connection: &Connection, pieces: &[&[u8]]) -> Option<Vec<u8>> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_shows_no_certificate_is_refused() {
-    let scene = scene();
-    if let Some((_endpoint, connection)) = scene.knock(None, wire::NODE_ALPN).await {
-        timeout(SOON, connection.closed()).await.expect("closed");
+    for has_authority in [false, true] {
+        let scene = scene_with(has_authority);
+        if let Some((_endpoint, connection)) = scene.knock(None, wire::NODE_ALPN).await {
+            timeout(SOON, connection.closed()).await.expect("closed");
+        }
+        scene.refused(Refusal::NoCertificate).await;
     }
-    scene.refused(Refusal::NoCertificate).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_may_only_join_has_one_stream_for_one_invitation() {
+    let scene = scene();
+    let mut frame = Vec::new();
+    Request::DrainNotice { epoch: 1 }.encode(SystemClock.now(), &mut frame).expect("small");
+    let (_endpoint, connection) = scene.knock(None, wire::JOIN_ALPN).await.expect("anybody may knock");
+    let (mut send, mut receive) = connection.open_bi().await.expect("one stream");
+    assert!(timeout(Duration::from_millis(300), connection.open_bi()).await.is_err(), "a second stream");
+    send.write_all(&frame).await.expect("sent");
+    let _ = send.finish();
+    assert!(receive.read_to_end(1 << 20).await.is_err(), "a frame of nodes was answered");
+    timeout(SOON, connection.closed()).await.expect("closed");
+    scene.refused(Refusal::Protocol).await;
+    let (_endpoint, connection) = scene.knock(None, wire::JOIN_ALPN).await.expect("anybody may knock");
+    let (mut send, mut receive) = connection.open_bi().await.expect("one stream");
+    let flood = vec![0; 1 << 20];
+    assert!(timeout(SOON, send.write_all(&flood)).await.expect("it ends").is_err(), "a mebibyte was taken");
+    assert!(receive.read_to_end(1 << 20).await.is_err(), "it was answered");
+    timeout(SOON, connection.closed()).await.expect("closed");
+    let silent = scene.knock(None, wire::JOIN_ALPN).await.expect("anybody may knock");
+    timeout(SOON, silent.1.closed()).await.expect("who says nothing is not kept");
+    let nobody_joins_here = scene_with(false);
+    assert!(nobody_joins_here.knock(None, wire::JOIN_ALPN).await.is_none());
+    nobody_joins_here.refused(Refusal::Protocol).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
