@@ -7,6 +7,7 @@
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use coordinator::actor::{Coordinator, CoordinatorOptions, Heart};
 use coordinator::forward::{Carrier, Forwarder, Journey, Lost, Run};
 use coordinator::membership::detector::Health;
@@ -16,7 +17,7 @@ use coordinator::registry::snapshot::Snapshot;
 use coordinator::ring::RingKey;
 use coordinator::route::{DEFAULT_POOL, Place, PlacedTenant};
 use futures_util::future::BoxFuture;
-use peer::{EndpointParts, Exchange, Identity, PeerError, PeerNet, PeerNetConfig};
+use peer::{Authority, EndpointParts, Exchange, Identity, PeerError, PeerNet, PeerNetConfig};
 use shared::clock::Clock;
 use shared::cluster::{Heartbeat, NodeLoad, NodePhase};
 use shared::config::{ClusterConfig, NodeConfig};
@@ -70,6 +71,18 @@ impl Drop for Guest {
 // === impl Network ===
 
 impl Network {
+    /// To be asked before the node creates anything: what it stores without the cluster's key keeps it from joining.
+    ///
+    /// # Errors
+    /// When the node is one of several and was not let in yet.
+    pub fn is_let_in(config: &ClusterConfig, node: &NodeConfig) -> anyhow::Result<()> {
+        if config.nodes.len() == 1 || Identity::is_stored(&node.data) {
+            return Ok(());
+        }
+        let hint = "hint: let the node in first: tenantry ctl ca invite, then tenantry ctl join";
+        anyhow::bail!("join the cluster: {} holds no certificate of this node; {hint}", node.data.display())
+    }
+
     /// Opens the peer port and begins to look for the others.
     ///
     /// # Errors
@@ -81,17 +94,14 @@ impl Network {
         clock: Arc<dyn Clock>,
     ) -> anyhow::Result<Option<Self>> {
         let Some(address) = node.peer.filter(|_| config.nodes.len() > 1) else { return Ok(None) };
-        let hint = "hint: let the node in first: tenantry ctl ca invite, then tenantry ctl join";
-        if !Identity::is_stored(&node.data) {
-            anyhow::bail!("join the cluster: {} holds no certificate of this node; {hint}", node.data.display());
-        }
         let identity = Identity::load(node.name.clone(), &node.data)?;
         let incarnation = u64::try_from(clock.wall().as_millis()).unwrap_or(u64::MAX);
         let hello = Hello { cluster: config.name.clone(), node: node.name.clone(), incarnation, bases };
         let peers = config.nodes.iter().filter_map(|node| Some((node.name.clone(), node.peer?))).collect();
         let parts = EndpointParts::bind(address)
             .map_err(|error| anyhow::anyhow!("listen for other nodes on {address}: {error}"))?;
-        let net = PeerNet::new(&identity, PeerNetConfig { hello, peers, clock }, parts)?;
+        let authority = Authority::open(&config.ca, clock.wall()).context("open the cluster's authority")?;
+        let net = PeerNet::new(&identity, PeerNetConfig { hello, peers, clock, authority }, parts)?;
         Ok(Some(Self { net, incarnation }))
     }
 

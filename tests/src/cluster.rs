@@ -9,11 +9,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use peer::pki::{NODE_VALIDITY, NodeKey};
-use peer::{Ca, Identity};
+use peer::Authority;
 use serde_json::{Value, json};
 use shared::clock::{Clock, SystemClock};
-use shared::seal::ClusterKey;
 
 use crate::operator::agent;
 use crate::process::{NodePlace, NodeProcess, NodeSpec, write_config};
@@ -72,21 +70,13 @@ impl Cluster {
     }
 }
 
-/// Certifies every node by an authority in `folder` and gives all the same cluster key, as joining does.
+/// Lets every node in by an authority in `folder`.
 fn let_in(folder: &Path, places: &[NodePlace]) {
     let now = SystemClock.wall();
-    let ca = Ca::load_or_create(&folder.join("ca"), now).expect("an authority");
-    let shared_key = folder.join("cluster.key");
-    drop(ClusterKey::load_or_create(&shared_key).expect("a cluster key"));
+    let authority = Authority::found(&folder.join("ca"), &[], now).expect("an authority");
     for place in places {
-        let data = folder.join(place.data());
-        std::fs::create_dir_all(&data).expect("a data folder");
         let name = place.name.parse().expect("a node's name");
-        let key = NodeKey::load_or_create(&data).expect("a key");
-        let certificate = ca.certify_node(&name, &key.public(), now, NODE_VALIDITY).expect("a certificate");
-        Identity::store(&data, &certificate, ca.pem()).expect("a place for it");
-        // The copy keeps the mode, which only the owner may read.
-        std::fs::copy(&shared_key, data.join("cluster.key")).expect("a place for the cluster key");
+        authority.admit_here(&name, &folder.join(place.data()), now).expect("let in");
     }
 }
 

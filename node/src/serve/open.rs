@@ -35,6 +35,7 @@ pub(super) async fn open(
     clock: Arc<dyn Clock>,
 ) -> anyhow::Result<(App, AdminKey)> {
     let data = &node.data;
+    Network::is_let_in(&config, &node)?;
     create_private(data)?;
     let options =
         RegistryOptions::load(&data.join("registry"), &data.join("cluster.key")).context("open the registry")?;
