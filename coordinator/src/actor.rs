@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use crate::membership::detector::DetectorRules;
 use crate::membership::{Change, MemberSpec, Membership, Own};
 use crate::ring::RingKey;
-use crate::route::{PlacedTenant, Routes, RoutingTable};
+use crate::route::{Expected, PlacedTenant, Routes, RoutingTable};
 
 /// Ticks in a heartbeat: silence is judged this much finer than it is broken.
 const TICKS_PER_BEAT: u32 = 2;
@@ -55,12 +55,14 @@ struct Inner {
     clock: Arc<dyn Clock>,
     heart: Arc<dyn Heart>,
     interval: Duration,
-    core: Mutex<Core>,
+    ring_key: RingKey,
+    membership: Mutex<Membership>,
+    /// Never taken while the membership is held: a table of a large cluster takes its time, hearing must not wait.
+    tables_made: Mutex<Tables>,
     tables: watch::Sender<Arc<RoutingTable>>,
 }
 
-struct Core {
-    membership: Membership,
+struct Tables {
     routes: Routes,
     ticks: u32,
     published: u32,
@@ -75,10 +77,11 @@ impl Coordinator {
     pub fn new(options: CoordinatorOptions, heart: Arc<dyn Heart>, clock: Arc<dyn Clock>) -> Self {
         let CoordinatorOptions { me, own, nodes, interval, ring_key } = options;
         let membership = Membership::new(clock.now(), &me, own, nodes, DetectorRules::with_interval(interval));
-        let mut routes = Routes::new(ring_key);
+        let mut routes = Routes::new(ring_key.clone());
         let tables = watch::Sender::new(Arc::new(routes.table(membership.view())));
-        let core = Mutex::new(Core { membership, routes, ticks: 0, published: 0, stale: false });
-        Self { inner: Arc::new(Inner { clock, heart, interval, core, tables }) }
+        let tables_made = Mutex::new(Tables { routes, ticks: 0, published: 0, stale: false });
+        let membership = Mutex::new(membership);
+        Self { inner: Arc::new(Inner { clock, heart, interval, ring_key, membership, tables_made, tables }) }
     }
 
     /// Starts the actor, under a supervisor if there is one. At most one runs at a time.
@@ -104,62 +107,75 @@ impl Coordinator {
     /// A peer's heartbeat came.
     pub fn heard(&self, from: &NodeId, beat: Heartbeat) {
         let now = self.inner.clock.now();
-        self.core().membership.on_heartbeat(now, from, beat);
+        self.membership().on_heartbeat(now, from, beat);
     }
 
     /// The connection to a peer broke.
     pub fn lost(&self, peer: &NodeId) {
-        self.core().membership.on_connection_lost(peer);
+        self.membership().on_connection_lost(peer);
     }
 
     /// What this node does now; others hear of it with the next heartbeat, which a change of phase does not wait for.
     pub fn say(&self, phase: NodePhase, load: NodeLoad) {
-        let now = self.inner.clock.now();
-        let mut core = self.core();
-        if core.membership.say(phase, load) {
-            self.publish(&mut core, now);
-            self.beat(&mut core, now);
+        let changed = self.membership().say(phase, load);
+        if changed {
+            let now = self.inner.clock.now();
+            self.publish(&mut lock(&self.inner.tables_made), now);
+            self.beat(now);
         }
     }
 
-    /// Whom to place and what to expect of them, for bounding loads; given again when the registry changes.
+    /// Whom to place and what to expect of them, for bounding loads; given again when the registry changes. Hashes
+    /// every tenant, a quarter of a second for a million.
     pub fn expect_tenants(&self, tenants: Arc<[PlacedTenant]>) {
-        let mut core = self.core();
-        core.routes.expect_tenants(tenants);
-        core.stale = true;
+        let expected = Expected::new(&self.inner.ring_key, &tenants);
+        let mut tables = lock(&self.inner.tables_made);
+        tables.routes.expect_tenants(expected);
+        tables.stale = true;
     }
 
     fn tick(&self) {
         let now = self.inner.clock.now();
-        let mut core = self.core();
-        core.ticks = core.ticks.wrapping_add(1);
-        self.publish(&mut core, now);
-        if core.ticks.is_multiple_of(TICKS_PER_BEAT) {
-            self.beat(&mut core, now);
+        let ticks = {
+            let mut tables = lock(&self.inner.tables_made);
+            tables.ticks = tables.ticks.wrapping_add(1);
+            self.publish(&mut tables, now);
+            tables.ticks
+        };
+        if ticks.is_multiple_of(TICKS_PER_BEAT) {
+            self.beat(now);
         }
     }
 
-    fn publish(&self, core: &mut Core, now: Instant) {
-        let change = core.membership.on_tick(now);
-        core.stale |= change != Change::None;
-        let waited = core.ticks.wrapping_sub(core.published) >= TICKS_PER_LOAD;
-        if change == Change::Placement || core.stale && waited {
-            core.stale = false;
-            core.published = core.ticks;
-            let table = core.routes.table(core.membership.view());
+    fn publish(&self, tables: &mut Tables, now: Instant) {
+        let (change, view) = {
+            let mut membership = self.membership();
+            (membership.on_tick(now), membership.view())
+        };
+        tables.stale |= change != Change::None;
+        let waited = tables.ticks.wrapping_sub(tables.published) >= TICKS_PER_LOAD;
+        if change == Change::Placement || tables.stale && waited {
+            tables.stale = false;
+            tables.published = tables.ticks;
+            let table = tables.routes.table(view);
             self.inner.tables.send_replace(Arc::new(table));
         }
     }
 
-    fn beat(&self, core: &mut Core, now: Instant) {
-        let beat = core.membership.heartbeat(now);
-        core.membership.peers().for_each(|peer| self.inner.heart.beat(peer, beat));
+    fn beat(&self, now: Instant) {
+        let mut membership = self.membership();
+        let beat = membership.heartbeat(now);
+        membership.peers().for_each(|peer| self.inner.heart.beat(peer, beat));
     }
 
-    fn core(&self) -> MutexGuard<'_, Core> {
-        // A panic under the lock leaves a view that the next tick makes anew.
-        self.inner.core.lock().unwrap_or_else(PoisonError::into_inner)
+    fn membership(&self) -> MutexGuard<'_, Membership> {
+        lock(&self.inner.membership)
     }
+}
+
+/// A panic under a lock leaves a view that the next tick makes anew.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl std::fmt::Debug for Coordinator {

@@ -4,10 +4,15 @@
 //! bytes, keyed by the cluster's secret, so that every build on every machine agrees and no tenant can choose an id
 //! that lands on a chosen node. Every point knows the next *other* node, so that a lookup gives home and successor
 //! without walking. And loads are bounded: where the points alone would give a node too much, single tenants change
-//! places with their successor. Called by [`crate::route`]; knows nothing of life and death.
+//! places with their successor.
+//!
+//! Everything is hashed once: points when a ring is made, tenants when a [`Crowd`] is, so that bounding the loads of a
+//! million tenants on a thousand nodes goes through both in one pass. Called by [`crate::route`]; knows nothing of life
+//! and death.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::hash::{BuildHasher, Hash, Hasher};
+use std::collections::BTreeMap;
+use std::hash::{BuildHasherDefault, Hash, Hasher};
+use std::sync::Arc;
 
 use hashring::HashRing;
 use shared::id::{NodeId, TenantId};
@@ -35,6 +40,23 @@ impl RingKey {
     pub fn derive(secret: &[u8]) -> Self {
         Self(blake3::derive_key(PURPOSE, secret))
     }
+
+    /// Where a tenant lies on the ring.
+    fn tenant(&self, tenant: &TenantId) -> u64 {
+        self.position(&[b"tenant:", tenant.as_str().as_bytes()])
+    }
+
+    /// Where a node's point lies. Names hold no colon.
+    fn point(&self, node: &NodeId, index: u32) -> u64 {
+        self.position(&[b"node:", node.as_str().as_bytes(), b":", &index.to_le_bytes()])
+    }
+
+    fn position(&self, bytes: &[&[u8]]) -> u64 {
+        let mut hasher = blake3::Hasher::new_keyed(&self.0);
+        bytes.iter().for_each(|bytes| _ = hasher.update(bytes));
+        let hash = hasher.finalize();
+        u64::from_le_bytes(*hash.as_bytes().first_chunk().expect("a hash has 32 bytes"))
+    }
 }
 
 impl std::fmt::Debug for RingKey {
@@ -43,54 +65,32 @@ impl std::fmt::Debug for RingKey {
     }
 }
 
-impl BuildHasher for RingKey {
-    type Hasher = RingHasher;
+/// Passes on a position: what `hashring` is given was hashed before.
+#[derive(Debug, Clone, Copy, Default)]
+struct Known(u64);
 
-    fn build_hasher(&self) -> RingHasher {
-        RingHasher(blake3::Hasher::new_keyed(&self.0))
-    }
-}
-
-/// Hashes the bytes it is given, nothing else.
-pub struct RingHasher(blake3::Hasher);
-
-impl Hasher for RingHasher {
+impl Hasher for Known {
     fn write(&mut self, bytes: &[u8]) {
-        self.0.update(bytes);
+        self.0 = u64::from_ne_bytes(bytes.try_into().expect("only positions are written, and they have 8 bytes"));
     }
 
     fn finish(&self) -> u64 {
-        let hash = self.0.finalize();
-        let first = hash.as_bytes().first_chunk().expect("a hash has 32 bytes");
-        u64::from_le_bytes(*first)
+        self.0
     }
 }
 
-/// A point of a node on the ring.
-#[derive(Debug, Clone)]
+/// A point of a node on the ring. Nodes are named by their place among the ring's names.
+#[derive(Debug, Clone, Copy)]
 struct Point {
-    node: NodeId,
-    index: u32,
-    /// The next other node clockwise: it inherits what this point holds.
-    successor: Option<NodeId>,
+    position: u64,
+    home: u32,
+    /// The next other node clockwise: it inherits what this point holds. The home itself in a ring of one.
+    successor: u32,
 }
 
-/// `std`'s implementations of `Hash` promise no bytes, so these are spelt out. Names hold no colon.
 impl Hash for Point {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        state.write(b"node:");
-        state.write(self.node.as_str().as_bytes());
-        state.write(b":");
-        state.write(&self.index.to_le_bytes());
-    }
-}
-
-struct Key<'a>(&'a TenantId);
-
-impl Hash for Key<'_> {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        state.write(b"tenant:");
-        state.write(self.0.as_str().as_bytes());
+        state.write_u64(self.position);
     }
 }
 
@@ -103,13 +103,52 @@ pub struct Owners<'a> {
     pub successor: Option<&'a NodeId>,
 }
 
+/// Tenants and what to expect of each, ready to be balanced on any ring of one key.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Crowd {
+    /// Position and load, by position.
+    tenants: Vec<(u64, u64)>,
+    /// Indices of tenants, large loads first: small ones fill what is left. Position breaks ties alike everywhere.
+    order: Vec<u32>,
+}
+
+/// What nodes share a ring.
+#[derive(Debug)]
+struct Circle {
+    ring: HashRing<Point, BuildHasherDefault<Known>>,
+    /// The same points in order: `hashring` does not show its own.
+    clockwise: Vec<Point>,
+    key: RingKey,
+    names: Vec<NodeId>,
+    points: BTreeMap<NodeId, u32>,
+}
+
 /// A ring of nodes.
 #[derive(Debug, Clone)]
 pub struct Ring {
-    ring: HashRing<Point, RingKey>,
-    key: RingKey,
-    points: BTreeMap<NodeId, u32>,
-    swapped: BTreeSet<TenantId>,
+    circle: Arc<Circle>,
+    /// Positions of tenants that live at their successor, rising.
+    swapped: Vec<u64>,
+}
+
+// === impl Crowd ===
+
+impl Crowd {
+    /// Tenants with loads in any unit; those of 0 do not count. The same tenants give the same crowd in any order.
+    pub fn new<'a>(key: &RingKey, tenants: impl IntoIterator<Item = (&'a TenantId, u64)>) -> Self {
+        let tenants = tenants.into_iter().filter(|(_, load)| *load > 0);
+        let mut tenants: Vec<(u64, u64)> = tenants.map(|(tenant, load)| (key.tenant(tenant), load)).collect();
+        tenants.sort_unstable();
+        // More than fit an index are more than fit a node's memory.
+        tenants.truncate(u32::MAX as usize);
+        let mut order: Vec<u32> = (0..).take(tenants.len()).collect();
+        order.sort_unstable_by_key(|i| (std::cmp::Reverse(tenants[*i as usize].1), *i));
+        Self { tenants, order }
+    }
+
+    fn total(&self) -> u128 {
+        self.tenants.iter().map(|(_, load)| u128::from(*load)).sum()
+    }
 }
 
 // === impl Ring ===
@@ -118,84 +157,119 @@ impl Ring {
     /// A ring of nodes with so many points each. A node's points with lower numbers stay where they are when it gets
     /// more, so a growing share only ever takes tenants in.
     pub fn new(key: &RingKey, nodes: impl IntoIterator<Item = (NodeId, u32)>) -> Self {
+        Self::with(key, nodes, None)
+    }
+
+    /// The ring of other nodes, as [`Self::new`] makes it; takes over the points of those that stay as they are.
+    pub fn changed(&self, nodes: impl IntoIterator<Item = (NodeId, u32)>) -> Self {
+        Self::with(&self.circle.key, nodes, Some(&self.circle))
+    }
+
+    fn with(key: &RingKey, nodes: impl IntoIterator<Item = (NodeId, u32)>, old: Option<&Circle>) -> Self {
         let nodes = nodes.into_iter().map(|(id, points)| (id, points.min(POINTS_MAX)));
         let points: BTreeMap<NodeId, u32> = nodes.filter(|(_, points)| *points > 0).collect();
-        let of_node = |(node, n): (&NodeId, &u32)| {
-            let node = node.clone();
-            (0..*n).map(move |index| Point { node: node.clone(), index, successor: None })
-        };
-        let mut clockwise: Vec<Point> = points.iter().flat_map(of_node).collect();
-        clockwise.sort_by_cached_key(|point| key.hash_one(point));
+        let homes: BTreeMap<&NodeId, u32> = points.keys().zip(0..).collect();
+        let stays = |(node, n): (&NodeId, &u32)| homes.get(node).copied().filter(|_| points.get(node) == Some(n));
+        let known: Vec<Option<u32>> = old.into_iter().flat_map(|old| old.points.iter().map(stays)).collect();
+        let known_point = |point: &Point| known[point.home as usize].map(|home| Point { home, ..*point });
+        let mut clockwise: Vec<Point> =
+            old.into_iter().flat_map(|old| old.clockwise.iter().filter_map(known_point)).collect();
+        for ((node, n), home) in points.iter().zip(0..) {
+            if !known.contains(&Some(home)) {
+                let new = (0..*n).map(|index| Point { position: key.point(node, index), home, successor: home });
+                clockwise.extend(new);
+            }
+        }
+        // Stable, because that goes through what is in order already in one pass.
+        clockwise.sort_by_key(|point| (point.position, point.home));
         link(&mut clockwise);
-        let mut ring = HashRing::with_hasher(key.clone());
-        ring.batch_add(clockwise);
-        Self { ring, key: key.clone(), points, swapped: BTreeSet::new() }
+        let mut ring = HashRing::with_hasher(BuildHasherDefault::default());
+        ring.batch_add(clockwise.clone());
+        let names = points.keys().cloned().collect();
+        Self { circle: Arc::new(Circle { ring, clockwise, key: key.clone(), names, points }), swapped: Vec::new() }
+    }
+
+    /// The same nodes without bounds; shares their points.
+    pub fn unbounded(&self) -> Self {
+        Self { circle: self.circle.clone(), swapped: Vec::new() }
     }
 
     /// Home and successor of a tenant; `None` for an empty ring.
     pub fn owners(&self, tenant: &TenantId) -> Option<Owners<'_>> {
-        let point = self.ring.get(&Key(tenant))?;
-        let plain = Owners { home: &point.node, successor: point.successor.as_ref() };
-        Some(match plain.successor {
-            Some(successor) if self.swapped.contains(tenant) => Owners { home: successor, successor: Some(plain.home) },
-            _ => plain,
-        })
+        let Circle { ring, key, names, .. } = &*self.circle;
+        let position = key.tenant(tenant);
+        let Point { home, successor, .. } = *ring.get(&position)?;
+        let (home, successor) = match self.swapped.binary_search(&position) {
+            Ok(_) => (successor, home),
+            Err(_) => (home, successor),
+        };
+        let other = (home != successor).then(|| &names[successor as usize]);
+        Some(Owners { home: &names[home as usize], successor: other })
     }
 
     /// The nodes in it, with their points.
     pub fn nodes(&self) -> &BTreeMap<NodeId, u32> {
-        &self.points
+        &self.circle.points
     }
 
-    /// Tenants that live at their successor so that no node gets more than 1.25 times its fair share.
-    pub fn swapped(&self) -> &BTreeSet<TenantId> {
-        &self.swapped
+    /// How many tenants live at their successor so that no node gets more than 1.25 times its fair share.
+    pub fn n_swapped(&self) -> usize {
+        self.swapped.len()
     }
 
-    /// Bounds the nodes' loads, given what to expect of every tenant (in any unit, larger than 0 counts). The same
-    /// tenants give the same result in any order. A tenant that alone exceeds a node's bound stays at its home: two
-    /// nodes are all that one tenant may occupy.
-    pub fn balance<'a>(&mut self, tenants: impl IntoIterator<Item = (&'a TenantId, u64)>) {
+    /// Bounds the nodes' loads. A tenant that alone exceeds a node's bound stays at its home: two nodes are all that
+    /// one tenant may occupy. The crowd must be of the ring's key.
+    pub fn balance(&mut self, crowd: &Crowd) {
         self.swapped.clear();
-        let mut order: Vec<(u64, u64, &TenantId)> = tenants
-            .into_iter()
-            .filter(|(_, load)| *load > 0)
-            .map(|(tenant, load)| (load, self.key.hash_one(Key(tenant)), tenant))
-            .collect();
-        // Large ones first: small ones fill what is left. Position and name break ties alike everywhere.
-        order.sort_unstable_by(|a, b| b.0.cmp(&a.0).then(a.1.cmp(&b.1)).then(a.2.cmp(b.2)));
-        let total: u128 = order.iter().map(|(load, ..)| u128::from(*load)).sum();
-        let all: u128 = self.points.values().map(|points| u128::from(*points)).sum();
-        let bound = |points: u32| total * LOAD_BOUND_FOURTHS * u128::from(points) / (4 * all.max(1));
-        let mut free: BTreeMap<&NodeId, u128> = self.points.iter().map(|(id, points)| (id, bound(*points))).collect();
-        let mut swapped = BTreeSet::new();
-        for (load, _, tenant) in order {
-            let (load, Some(owners)) = (u128::from(load), self.owners(tenant)) else { return };
-            let fits = |node: Option<&NodeId>| node.is_some_and(|node| free[node] >= load);
-            let swap = !fits(Some(owners.home)) && fits(owners.successor);
-            let node = if swap { owners.successor.unwrap_or(owners.home) } else { owners.home };
-            if let Some(free) = free.get_mut(node) {
-                *free = free.saturating_sub(load);
-            }
+        let Circle { clockwise, points, .. } = &*self.circle;
+        if clockwise.is_empty() {
+            return;
+        }
+        let all: u128 = points.values().map(|points| u128::from(*points)).sum();
+        let total = crowd.total();
+        let bound = |points: &u32| total * LOAD_BOUND_FOURTHS * u128::from(*points) / (4 * all.max(1));
+        let mut free: Vec<u128> = points.values().map(bound).collect();
+        let owners = owners_of(crowd, clockwise);
+        for i in &crowd.order {
+            let (position, load) = crowd.tenants[*i as usize];
+            let (home, successor) = owners[*i as usize];
+            let load = u128::from(load);
+            let swap = free[home as usize] < load && free[successor as usize] >= load;
+            let node = if swap { successor } else { home };
+            free[node as usize] = free[node as usize].saturating_sub(load);
             if swap {
-                swapped.insert(tenant.clone());
+                self.swapped.push(position);
             }
         }
-        self.swapped = swapped;
+        self.swapped.sort_unstable();
     }
 }
 
-/// Tells every point the next other node clockwise.
-fn link(clockwise: &mut [Point]) {
-    let Some(first) = clockwise.first().map(|point| point.node.clone()) else { return };
-    // Seen from the last point, what follows is the start of the ring.
-    let mut next = first.clone();
-    let mut after = clockwise.iter().map(|point| &point.node).find(|node| **node != first).cloned();
-    for point in clockwise.iter_mut().rev() {
-        if point.node != next {
-            after = Some(std::mem::replace(&mut next, point.node.clone()));
+/// Home and successor by the points alone, of every tenant: both are sorted, so one walk round the ring finds all.
+fn owners_of(crowd: &Crowd, clockwise: &[Point]) -> Vec<(u32, u32)> {
+    let mut next = 0;
+    let owners = crowd.tenants.iter().map(|(position, _)| {
+        while clockwise.get(next).is_some_and(|point| point.position < *position) {
+            next += 1;
         }
-        point.successor = after.clone();
+        // Behind the last point the ring begins again.
+        let point = clockwise.get(next).unwrap_or(&clockwise[0]);
+        (point.home, point.successor)
+    });
+    owners.collect()
+}
+
+/// Tells every point the next other node.
+fn link(clockwise: &mut [Point]) {
+    let Some(first) = clockwise.first().map(|point| point.home) else { return };
+    // Seen from the last point, what follows is the start of the ring.
+    let mut next = first;
+    let mut after = clockwise.iter().map(|point| point.home).find(|home| *home != first).unwrap_or(first);
+    for point in clockwise.iter_mut().rev() {
+        if point.home != next {
+            after = std::mem::replace(&mut next, point.home);
+        }
+        point.successor = after;
     }
 }
 

@@ -14,7 +14,7 @@ use shared::id::{BaseName, NodeId, TenantId};
 
 use crate::membership::detector::Health;
 use crate::membership::{ClusterView, Member};
-use crate::ring::{Owners, POINTS_PER_PART, Ring, RingKey};
+use crate::ring::{Crowd, Owners, POINTS_PER_PART, Ring, RingKey};
 
 /// The pool of nodes and tenants of which nothing else is said.
 pub const DEFAULT_POOL: &str = "default";
@@ -196,11 +196,27 @@ fn busy(load: NodeLoad) -> f64 {
     f64::from(load.running + load.waiting) / f64::from(load.places.max(1))
 }
 
+/// The tenants of every place, ready to be balanced. Hashing a million takes a moment: made by whoever knows the
+/// tenants, under no lock.
+#[derive(Debug, Default)]
+pub struct Expected(BTreeMap<Place, Crowd>);
+
+impl Expected {
+    /// These tenants, for rings of this key.
+    pub fn new(key: &RingKey, tenants: &[PlacedTenant]) -> Self {
+        let mut by_place = BTreeMap::<&Place, Vec<(&TenantId, u64)>>::new();
+        for PlacedTenant { tenant, place, load } in tenants {
+            by_place.entry(place).or_default().push((tenant, *load));
+        }
+        Self(by_place.into_iter().map(|(place, here)| (place.clone(), Crowd::new(key, here))).collect())
+    }
+}
+
 /// Makes routing tables; keeps rings as long as their nodes and tenants stay.
 #[derive(Debug)]
 pub struct Routes {
     key: RingKey,
-    tenants: Arc<[PlacedTenant]>,
+    tenants: Expected,
     /// Points by node, by place: what the rings were made of.
     made_of: BTreeMap<Place, BTreeMap<NodeId, u32>>,
     rings: Arc<BTreeMap<Place, Ring>>,
@@ -213,11 +229,11 @@ impl Routes {
     /// No nodes, no tenants.
     pub fn new(key: RingKey) -> Self {
         let rings = Arc::default();
-        Self { key, tenants: Arc::new([]), made_of: BTreeMap::new(), rings, tenants_changed: false }
+        Self { key, tenants: Expected::default(), made_of: BTreeMap::new(), rings, tenants_changed: false }
     }
 
     /// The tenants changed; takes effect with the next table. Tenants not listed are placed by the ring alone.
-    pub fn expect_tenants(&mut self, tenants: Arc<[PlacedTenant]>) {
+    pub fn expect_tenants(&mut self, tenants: Expected) {
         self.tenants = tenants;
         self.tenants_changed = true;
     }
@@ -225,18 +241,28 @@ impl Routes {
     /// The table of a view.
     pub fn table(&mut self, view: Arc<ClusterView>) -> RoutingTable {
         let made_of = self.places(&view);
-        if made_of != self.made_of || std::mem::take(&mut self.tenants_changed) {
-            self.rings =
-                Arc::new(made_of.iter().map(|(place, nodes)| (place.clone(), self.ring(place, nodes))).collect());
-            self.made_of = made_of;
+        if std::mem::take(&mut self.tenants_changed) || made_of != self.made_of {
+            let mut rings = BTreeMap::new();
+            for (place, nodes) in &made_of {
+                let ring = self.ring(place, nodes, &rings);
+                rings.insert(place.clone(), ring);
+            }
+            (self.rings, self.made_of) = (Arc::new(rings), made_of);
         }
         RoutingTable { view, rings: self.rings.clone() }
     }
 
-    fn ring(&self, place: &Place, nodes: &BTreeMap<NodeId, u32>) -> Ring {
-        let mut ring = Ring::new(&self.key, nodes.clone());
-        let here = self.tenants.iter().filter(|tenant| tenant.place == *place);
-        ring.balance(here.map(|placed| (&placed.tenant, placed.load)));
+    /// The ring of a place. Rings of the same nodes share their points, those of places and those of before.
+    fn ring(&self, place: &Place, nodes: &BTreeMap<NodeId, u32>, others: &BTreeMap<Place, Ring>) -> Ring {
+        let known = || others.values().chain(self.rings.values());
+        let mut ring = match (known().find(|ring| ring.nodes() == nodes), self.rings.get(place)) {
+            (Some(same), _) => same.unbounded(),
+            (None, Some(before)) => before.changed(nodes.clone()),
+            (None, None) => Ring::new(&self.key, nodes.clone()),
+        };
+        if let Some(crowd) = self.tenants.0.get(place) {
+            ring.balance(crowd);
+        }
         ring
     }
 

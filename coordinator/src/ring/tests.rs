@@ -29,6 +29,10 @@ fn tenants(n: usize) -> Vec<TenantId> {
     (0..n).map(|i| format!("tenant-{i}").parse().expect("valid name")).collect()
 }
 
+fn crowd(key: &RingKey, tenants: &[(TenantId, u64)]) -> Crowd {
+    Crowd::new(key, tenants.iter().map(|(tenant, load)| (tenant, *load)))
+}
+
 /// Largest load of a node over the mean, loads in proportion to capacity.
 fn imbalance(ring: &Ring, tenants: &[(TenantId, u64)]) -> f64 {
     let mut loads = BTreeMap::<&NodeId, u64>::new();
@@ -46,8 +50,8 @@ fn imbalance(ring: &Ring, tenants: &[(TenantId, u64)]) -> f64 {
 #[test]
 fn the_hash_is_the_one_of_every_release() {
     let key = RingKey::derive(b"golden");
-    let tenant = |text: &str| key.hash_one(Key(&text.parse().expect("valid")));
-    let point = |node: &str, index| key.hash_one(Point { node: node.parse().expect("valid"), index, successor: None });
+    let tenant = |text: &str| key.tenant(&text.parse().expect("valid"));
+    let point = |node: &str, index| key.point(&node.parse().expect("valid"), index);
     assert_eq!(tenant("acme"), GOLDEN[0]);
     assert_eq!(tenant("baker-legal"), GOLDEN[1]);
     assert_eq!(point("n1", 0), GOLDEN[2]);
@@ -100,6 +104,24 @@ fn when_a_home_leaves_its_successor_is_the_new_home() {
 }
 
 #[test]
+fn a_changed_ring_is_the_ring_that_would_be_made_anew() {
+    let share = |i: usize, n: u32| (id(i), n);
+    let mut ring = Ring::new(&key(), [share(0, 64), share(1, 64), share(3, 128)]);
+    let steps = [
+        vec![share(0, 64), share(1, 128), share(2, 64), share(3, 128)],
+        vec![share(1, 128), share(2, 64)],
+        vec![],
+        vec![share(4, 64), share(0, 64)],
+    ];
+    for nodes in steps {
+        ring = ring.changed(nodes.clone());
+        let anew = Ring::new(&key(), nodes);
+        assert_eq!(ring.nodes(), anew.nodes());
+        assert!(tenants(500).iter().all(|tenant| ring.owners(tenant) == anew.owners(tenant)));
+    }
+}
+
+#[test]
 fn home_and_successor_differ() {
     let ring = ring(&key(), 2);
     for tenant in tenants(2000) {
@@ -139,7 +161,7 @@ fn ten_thousand_tenants_on_three_nodes_are_within_a_quarter_of_fair() {
             tenants(10_000).into_iter().enumerate().map(|(i, t)| (t, load(i))).collect();
         let mut ring = ring(&key, 3);
         plain = plain.max(imbalance(&ring, &tenants));
-        ring.balance(tenants.iter().map(|(tenant, load)| (tenant, *load)));
+        ring.balance(&crowd(&key, &tenants));
         bounded = bounded.max(imbalance(&ring, &tenants));
     }
     eprintln!("worst of 40 secrets: {plain:.3} by points alone, {bounded:.3} with bounded loads");
@@ -152,9 +174,10 @@ fn a_few_heavy_tenants_are_spread() {
     // With few points a node can get nearly everything; the bound holds all the same.
     let mut worst = 0_f64;
     for secret in 0_u32..40 {
-        let mut ring = Ring::new(&RingKey::derive(&secret.to_le_bytes()), (0..3).map(|i| (id(i), 4)));
+        let key = RingKey::derive(&secret.to_le_bytes());
+        let mut ring = Ring::new(&key, (0..3).map(|i| (id(i), 4)));
         let tenants: Vec<(TenantId, u64)> = tenants(300).into_iter().map(|tenant| (tenant, 1)).collect();
-        ring.balance(tenants.iter().map(|(tenant, load)| (tenant, *load)));
+        ring.balance(&crowd(&key, &tenants));
         worst = worst.max(imbalance(&ring, &tenants));
     }
     assert!(worst <= 1.5, "{worst}: two candidates per tenant cannot always do better with four points");
@@ -169,7 +192,7 @@ fn a_fourth_node_moves_little_more_than_a_quarter() {
         let key = RingKey::derive(&secret.to_le_bytes());
         let (mut three, mut four) = (ring(&key, 3), ring(&key, 4));
         for ring in [&mut three, &mut four] {
-            ring.balance(tenants.iter().map(|tenant| (tenant, 1)));
+            ring.balance(&Crowd::new(&key, tenants.iter().map(|tenant| (tenant, 1))));
         }
         let home = |ring: &Ring, tenant: &TenantId| ring.owners(tenant).expect("not empty").home.clone();
         let moved = tenants.iter().filter(|tenant| home(&three, tenant) != home(&four, tenant)).count();
@@ -194,9 +217,9 @@ proptest! {
         let mut turned = tenants.clone();
         turned.rotate_left(rotate % tenants.len());
         let (mut a, mut b) = (plain.clone(), plain.clone());
-        a.balance(tenants.iter().map(|(tenant, load)| (tenant, *load)));
-        b.balance(turned.iter().map(|(tenant, load)| (tenant, *load)));
-        prop_assert_eq!(a.swapped(), b.swapped());
+        a.balance(&crowd(&key(), &tenants));
+        b.balance(&crowd(&key(), &turned));
+        prop_assert_eq!(&a.swapped, &b.swapped);
         for (tenant, _) in &tenants {
             let (was, is) = (plain.owners(tenant).expect("nodes"), a.owners(tenant).expect("nodes"));
             let same = was == is;

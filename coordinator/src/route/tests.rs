@@ -181,8 +181,10 @@ fn heavy_tenants_are_balanced_and_rings_are_kept() {
     // Everything that lives at n1 is heavy.
     let heavy = |i: &usize| *before.owners(&place(), &tenant(*i)).expect("three").home == id(1);
     let placed = |i| PlacedTenant { tenant: tenant(i), place: place(), load: if heavy(&i) { 10 } else { 1 } };
-    routes.expect_tenants((0..300).map(placed).collect());
+    let placed: Vec<PlacedTenant> = (0..300).map(placed).collect();
+    routes.expect_tenants(Expected::new(&RingKey::derive(b"test"), &placed));
     let after = routes.table(view(3));
+    assert!(Arc::ptr_eq(&after.rings, &routes.table(view(4)).rings), "same tenants, same rings");
     let left = (0..300).filter(heavy).filter(|i| *after.owners(&place(), &tenant(*i)).expect("three").home != id(1));
     assert!(left.count() > 20);
 }
