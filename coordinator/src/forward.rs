@@ -6,7 +6,8 @@
 //! ```
 //! At most two runs are open at a time. Nothing is buffered between them and the client's bounded channel: a slow
 //! client stops the reading, and that stops the run. When the receiver of the channel is dropped every run is, which
-//! cancels it. The record of delivered tokens is all that grows.
+//! cancels it. The record of delivered tokens is all that grows; [`Forwarder::forward_kept`] has a copy of it kept at
+//! another node, from which the request can go on when this one dies.
 
 use std::ops::ControlFlow;
 use std::pin::Pin;
@@ -20,15 +21,20 @@ use shared::id::NodeId;
 use shared::request::{Emitted, Envelope, Grammar};
 use shared::token::TokenEvent;
 use tokio::sync::{mpsc, watch};
-use wire::node::{Answer, Start};
+use wire::node::{Answer, JournalRecord, Request, Response, Start};
 
 use crate::failover::budget::RetryBudget;
 use crate::failover::quarantine::Quarantine;
 use crate::failover::{Around, Attempt, Command, End, Failover, Verdict};
+use crate::journal::records::understood;
+use crate::journal::trail::{Kept, Put, Trail};
 use crate::route::{Place, RoutingTable, SERVE_HERE, no_node};
 
 /// How long after its deadline a request is ended by the entry node, should its owner not have said so.
 const DEADLINE_GRACE: Duration = Duration::from_secs(1);
+
+/// How long the end of a request may wait to be written into its record.
+const LAST_WORD_WITHIN: Duration = Duration::from_secs(1);
 
 /// A run or its node cannot be reached any more.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -45,6 +51,16 @@ pub trait Carrier: Send + Sync + 'static {
     /// # Errors
     /// When the node cannot be reached.
     fn start(&self, node: &NodeId, start: Start) -> impl Future<Output = Result<Self::Run, Lost>> + Send;
+
+    /// Sends a [`Request::JournalOpen`] or [`Request::JournalPut`] to another node and waits for its answer, for at
+    /// most a second.
+    ///
+    /// # Errors
+    /// When there is no answer.
+    fn keep(&self, node: &NodeId, request: Request) -> impl Future<Output = Result<Response, Lost>> + Send {
+        let _ = (node, request);
+        async { Err(Lost("records are not kept".to_owned())) }
+    }
 }
 
 /// What comes back from a run.
@@ -89,6 +105,17 @@ impl<C: Carrier> Forwarder<C> {
 
     /// Carries a request to its end. `events` gets what [`shared::token`] promises, whatever happens to nodes.
     pub async fn forward(&self, journey: Journey, events: mpsc::Sender<TokenEvent>) {
+        self.carry(journey, None, events).await;
+    }
+
+    /// As [`Self::forward`], with a record at another node, from which the request can go on when this one dies.
+    /// `answer` says how its client is answered, in the gateway's own words.
+    pub async fn forward_kept(&self, journey: Journey, answer: Vec<u8>, events: mpsc::Sender<TokenEvent>) {
+        let journal = Journal { trail: Trail::new(journey.envelope.id), answer, putting: None };
+        self.carry(journey, Some(journal), events).await;
+    }
+
+    async fn carry(&self, journey: Journey, journal: Option<Journal>, events: mpsc::Sender<TokenEvent>) {
         let Journey { envelope, place, emitted, attempt } = journey;
         let mark = match self.mark(&envelope) {
             Ok(mark) => mark,
@@ -102,7 +129,17 @@ impl<C: Carrier> Forwarder<C> {
             Failover::resumed(place, tenant, emitted, attempt, mark)
         };
         let tables = self.tables.clone();
-        let ride = Ride { forwarder: self, envelope, failover, tables, open: true, legs: [None, None], events };
+        let ride = Ride {
+            forwarder: self,
+            envelope,
+            failover,
+            tables,
+            open: true,
+            legs: [None, None],
+            journal,
+            attempt,
+            events,
+        };
         ride.run().await;
     }
 
@@ -132,6 +169,16 @@ struct Leg<R> {
     run: Option<R>,
 }
 
+/// A record's message under way: whom it is for and what becomes of it.
+type Putting = Pin<Box<dyn Future<Output = (NodeId, Kept)> + Send>>;
+
+/// The copy of the record that another node keeps.
+struct Journal {
+    trail: Trail,
+    answer: Vec<u8>,
+    putting: Option<Putting>,
+}
+
 /// One request on its way.
 struct Ride<'a, C: Carrier> {
     forwarder: &'a Forwarder<C>,
@@ -142,12 +189,16 @@ struct Ride<'a, C: Carrier> {
     open: bool,
     /// The current run and its challenger, in any order.
     legs: [Option<Leg<C::Run>>; 2],
+    journal: Option<Journal>,
+    /// The latest attempt that was started.
+    attempt: Attempt,
     events: mpsc::Sender<TokenEvent>,
 }
 
 enum Happened {
     Answer(Attempt, NodeId, Result<Option<Answer>, Lost>),
     Table(bool),
+    Kept(NodeId, Kept),
     Tick,
     ClientGone,
 }
@@ -178,6 +229,14 @@ async fn recv<R: Run>(leg: &mut Option<Leg<R>>) -> Happened {
     }
 }
 
+async fn put(journal: &mut Option<Journal>) -> Happened {
+    let Some(journal) = journal else { return std::future::pending().await };
+    let Some(putting) = &mut journal.putting else { return std::future::pending().await };
+    let (keeper, kept) = putting.await;
+    journal.putting = None;
+    Happened::Kept(keeper, kept)
+}
+
 // === impl Ride ===
 
 impl<C: Carrier> Ride<'_, C> {
@@ -185,8 +244,9 @@ impl<C: Carrier> Ride<'_, C> {
         let mut commands = self.decide(|failover, around| failover.begin(around));
         loop {
             if self.perform(std::mem::take(&mut commands)).await.is_break() || self.failover.is_over() {
-                return self.finish();
+                return self.finish().await;
             }
+            self.write();
             commands = match self.next().await {
                 Happened::Answer(attempt, node, answer) => match self.on_answer(attempt, &node, answer).await {
                     ControlFlow::Continue(commands) => commands,
@@ -195,6 +255,10 @@ impl<C: Carrier> Ride<'_, C> {
                 Happened::Table(open) => {
                     self.open = open;
                     self.decide(|failover, around| failover.on_table(around))
+                }
+                Happened::Kept(keeper, kept) => {
+                    self.on_kept(&keeper, kept);
+                    Vec::new()
                 }
                 Happened::Tick if self.now() >= self.too_late() => {
                     let message = "the request's deadline passed before its answer was complete; hint: allow more time";
@@ -207,7 +271,8 @@ impl<C: Carrier> Ride<'_, C> {
     }
 
     async fn next(&mut self) -> Happened {
-        let wake_at = self.failover.wake_at().map_or(self.too_late(), |at| at.min(self.too_late()));
+        let write_at = self.journal.as_ref().and_then(|journal| journal.trail.wake_at());
+        let wake_at = [self.failover.wake_at(), write_at].into_iter().flatten().fold(self.too_late(), Instant::min);
         let [one, other] = &mut self.legs;
         tokio::select! {
             biased;
@@ -215,6 +280,7 @@ impl<C: Carrier> Ride<'_, C> {
             changed = self.tables.changed(), if self.open => Happened::Table(changed.is_ok()),
             happened = recv(one) => happened,
             happened = recv(other) => happened,
+            happened = put(&mut self.journal) => happened,
             () = tokio::time::sleep_until(wake_at.into()) => Happened::Tick,
         }
     }
@@ -231,6 +297,7 @@ impl<C: Carrier> Ride<'_, C> {
                 match self.failover.on_event(now, attempt, &event) {
                     Verdict::Deliver(loser) => {
                         loser.into_iter().for_each(|loser| self.cancel(loser));
+                        self.journal.iter_mut().for_each(|journal| journal.trail.on_progress(now));
                         self.deliver(event).await?;
                         return ControlFlow::Continue(Vec::new());
                     }
@@ -298,6 +365,7 @@ impl<C: Carrier> Ride<'_, C> {
     }
 
     fn start(&mut self, attempt: Attempt, node: NodeId, redirected: bool) {
+        self.attempt = attempt;
         let epoch = if redirected { SERVE_HERE } else { self.tables.borrow().epoch() };
         let start = Start { envelope: self.envelope.clone(), attempt, epoch, emitted: self.failover.emitted().clone() };
         tracing::debug!(request_id = %self.envelope.id, %node, attempt, redirected, "run starts");
@@ -316,13 +384,71 @@ impl<C: Carrier> Ride<'_, C> {
         }
     }
 
-    /// A request that finished harms nobody.
-    fn finish(&mut self) {
+    /// Sends what the record lacks, if it is time.
+    fn write(&mut self) {
+        let now = self.now();
+        let Some(journal) = &mut self.journal else { return };
+        journal.trail.on_table(&self.tables.borrow());
         let emitted = self.failover.emitted();
-        if emitted.0.iter().all(|choice| choice.finished) {
+        let Some((keeper, put)) = journal.trail.next(now, emitted, self.attempt) else { return };
+        let request = match put {
+            Put::Add(deltas) => Request::JournalPut(deltas),
+            Put::Open => Request::JournalOpen(Box::new(JournalRecord {
+                envelope: self.envelope.clone(),
+                attempt: self.attempt,
+                answer: journal.answer.clone(),
+                emitted: emitted.clone(),
+            })),
+        };
+        let carrier = self.forwarder.carrier.clone();
+        journal.putting = Some(Box::pin(async move {
+            let kept = match carrier.keep(&keeper, request).await {
+                Ok(Response::Done) => Kept::Yes,
+                Ok(Response::Refused(error)) => understood(&error),
+                Ok(_) | Err(Lost(_)) => Kept::Unknown,
+            };
+            (keeper, kept)
+        }));
+    }
+
+    fn on_kept(&mut self, keeper: &NodeId, kept: Kept) {
+        let now = self.now();
+        if let Some(journal) = &mut self.journal {
+            journal.trail.on_kept(now, keeper, kept);
+            if journal.trail.is_taken() {
+                tracing::debug!(request_id = %self.envelope.id, %keeper, "the request goes on at another entry node");
+            }
+        }
+    }
+
+    /// A request that finished harms nobody, and its record says so.
+    async fn finish(mut self) {
+        let emitted = self.failover.emitted();
+        if !emitted.0.iter().all(|choice| choice.finished) {
+            return;
+        }
+        {
             let mut quarantine = lock(&self.forwarder.quarantine);
             if !quarantine.is_empty() {
                 quarantine.on_done(&fingerprint(&self.envelope));
+            }
+        }
+        if self.journal.is_some() {
+            // The client has everything: it does not wait for this.
+            (self.events, _) = mpsc::channel(1);
+            let _ = tokio::time::timeout(LAST_WORD_WITHIN, self.write_last_word()).await;
+        }
+    }
+
+    async fn write_last_word(&mut self) {
+        loop {
+            self.write();
+            let Some(journal) = &self.journal else { return };
+            if journal.putting.is_none() {
+                return;
+            }
+            if let Happened::Kept(keeper, kept) = put(&mut self.journal).await {
+                self.on_kept(&keeper, kept);
             }
         }
     }

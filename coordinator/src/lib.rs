@@ -9,6 +9,7 @@
 //! | who lives, and how much of the ring each node may have | [`membership`] (core), held by [`actor::Coordinator`] | the routes made from it |
 //! | which two nodes a tenant belongs to, and which is asked first | [`ring`], [`route`] (cores) | everyone, through [`route::RoutingTable`] |
 //! | what becomes of a request when its node dies, stalls or drains | [`failover`] (core), one per request | [`forward`], which carries it |
+//! | what it needs to go on when its entry node dies | [`journal`] (cores) at another node, written by [`forward`] | the node its client comes back to |
 //! | which adapters should be warm before somebody asks | [`prewarm`] (core) | each node's adapter cache |
 //!
 //! The registry is a pure state changed only by commands. A command carries everything that is random or
@@ -27,6 +28,7 @@ pub mod membership;
 pub mod ring;
 pub mod route;
 pub mod failover;
+pub mod journal;
 pub mod prewarm;
 pub mod actor;
 pub mod forward;

@@ -1,0 +1,56 @@
+//! Keeps what a request needs to go on when the node that holds its client dies (cores).
+//!
+//! ```text
+//! entry node ── JournalOpen, JournalPut: at most 8 tokens or 50 ms behind ──► the request's keeper
+//!     ✕
+//! another node ◄── the client comes back with what it has
+//!              ── JournalTake ──► keeper ── record ──► forward::Journey, from the record's tokens on
+//! ```
+//! The keeper is chosen by the request's id among the other nodes ([`keeper`]), so that whoever is asked to go on knows
+//! whom to ask ([`whom_to_ask`]). Writing lags behind the client on purpose: what a record lacks is computed again, and
+//! the same tokens come out. [`trail`] is the entry node's side, one per request, [`records`] the keeper's, one per
+//! node, [`idempotency`] gives a request that is sent twice the same id, [`ranges`] bills what was delivered once. Driven by [`crate::forward`] and the node's
+//! peer door; nothing here knows who may have a record: whoever takes one compares its tenant with the client's.
+
+use shared::id::{NodeId, RequestId};
+
+use crate::membership::detector::Health;
+use crate::route::RoutingTable;
+
+pub mod trail;
+pub mod records;
+pub mod idempotency;
+pub mod ranges;
+
+/// Nodes that are asked for a record. A keeper is among the first two but when nodes came and went since; each that
+/// came can put it one place back.
+const ASKED_MAX: usize = 8;
+
+/// Where an entry node keeps a request's record: the first other node that takes requests. A change of nodes changes
+/// the answer for some requests; a keeper that still serves is kept all the same.
+pub fn keeper(table: &RoutingTable, id: RequestId) -> Option<NodeId> {
+    let members = table.members();
+    let usable = |node: &&NodeId| *node != table.me() && members[*node].takes_requests();
+    members.keys().filter(usable).max_by_key(|node| score(node, id)).cloned()
+}
+
+/// Which nodes may have a request's record, the likeliest first; this one may be among them. All are asked at once and
+/// the record that is furthest counts ([`records::furthest`]).
+pub fn whom_to_ask(table: &RoutingTable, id: RequestId) -> Vec<NodeId> {
+    let gone = |health| matches!(health, Health::Dead | Health::Absent);
+    let members = table.members().iter().filter(|(_, member)| !gone(member.health));
+    let mut nodes: Vec<(u64, &NodeId)> = members.map(|(node, _)| (score(node, id), node)).collect();
+    nodes.sort_unstable_by(|a, b| b.cmp(a));
+    nodes.into_iter().take(ASKED_MAX).map(|(_, node)| node.clone()).collect()
+}
+
+/// Rendezvous hashing: each request ranks the nodes in its own order, and a node that comes or goes changes no other's
+/// rank.
+fn score(node: &NodeId, id: RequestId) -> u64 {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&id.0.to_le_bytes()).update(node.as_str().as_bytes());
+    u64::from_le_bytes(*hasher.finalize().as_bytes().first_chunk().expect("a hash has 32 bytes"))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,173 @@
+//! The records that a node keeps for other nodes' requests (core). Held by the node behind one short lock, filled and
+//! asked by its peer door, and by itself when a client comes back to the very node that keeps its record.
+//!
+//! A record belongs to one entry node at a time. Taking it gives it a higher attempt and no owner: what the former
+//! entry node still sends is refused, and the next that opens it under that attempt owns it.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use shared::error::{ErrorKind, RequestError};
+use shared::id::{NodeId, RequestId};
+use shared::request::Emitted;
+use wire::node::{JournalDelta, JournalRecord};
+
+use super::trail::Kept;
+
+/// How long after its last word a record is kept: as long as a client may take to come back.
+pub const KEPT_FOR: Duration = Duration::from_secs(60);
+
+/// Records of a node; those that were silent for longest go first.
+const RECORDS_MAX: usize = 16_384;
+
+/// Bytes of all records of a node: sixteen thousand of usual size, fewer with long prompts.
+const BYTES_MAX: usize = 256 << 20;
+
+/// What a take adds to the attempt: more than one entry node's runs can ever count.
+const ATTEMPTS_OF_AN_ENTRY: u32 = 16;
+
+/// Told to an entry node whose request goes on elsewhere.
+pub const TAKEN: &str = "journal_taken";
+
+/// Told to an entry node that must send the whole record.
+pub const GAP: &str = "journal_gap";
+
+#[derive(Debug)]
+struct Entry {
+    record: JournalRecord,
+    /// The entry node that writes it; none after it was taken.
+    owner: Option<NodeId>,
+    at: Instant,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Records {
+    entries: BTreeMap<RequestId, Entry>,
+    bytes: usize,
+}
+
+/// How an entry node understands a keeper's refusal.
+pub fn understood(error: &RequestError) -> Kept {
+    match error.code {
+        TAKEN => Kept::Taken,
+        GAP => Kept::Gap,
+        _ => Kept::Unknown,
+    }
+}
+
+/// Of several nodes' records of one request, the one that counts.
+pub fn furthest(records: impl IntoIterator<Item = JournalRecord>) -> Option<JournalRecord> {
+    records.into_iter().max_by_key(|record| (record.attempt, record.emitted.n_tokens()))
+}
+
+// === impl Records ===
+
+impl Records {
+    /// Keeps a whole record of `from`.
+    ///
+    /// # Errors
+    /// [`TAKEN`] when another node goes on with the request.
+    pub fn open(&mut self, now: Instant, from: &NodeId, record: JournalRecord) -> Result<(), RequestError> {
+        if let Some(entry) = self.entries.get(&record.envelope.id) {
+            let others = entry.owner.as_ref().is_some_and(|owner| owner != from);
+            if others || record.attempt < entry.record.attempt {
+                return Err(taken());
+            }
+        }
+        self.remove(&record.envelope.id);
+        self.bytes += bytes(&record);
+        self.entries.insert(record.envelope.id, Entry { record, owner: Some(from.clone()), at: now });
+        self.make_room(now);
+        Ok(())
+    }
+
+    /// Adds to a record. What it has already is not added again.
+    ///
+    /// # Errors
+    /// [`TAKEN`] when another node goes on with the request, [`GAP`] when something before it is missing.
+    pub fn put(&mut self, now: Instant, from: &NodeId, delta: &JournalDelta) -> Result<(), RequestError> {
+        let Some(entry) = self.entries.get_mut(&delta.id) else { return Err(gap()) };
+        if entry.owner.as_ref() != Some(from) || delta.attempt < entry.record.attempt {
+            return Err(taken());
+        }
+        let Some(choice) = entry.record.emitted.0.get_mut(delta.choice as usize) else { return Err(gap()) };
+        let Some(known) = choice.tokens.len().checked_sub(delta.from as usize) else { return Err(gap()) };
+        let new = delta.tokens.get(known..).unwrap_or_default();
+        choice.tokens.extend_from_slice(new);
+        choice.finished |= delta.finished;
+        (entry.record.attempt, entry.at) = (delta.attempt, now);
+        self.bytes += size_of_val(new);
+        Ok(())
+    }
+
+    /// Hands a record out to a node that goes on with its request. The former entry node may write no more.
+    pub fn take(&mut self, now: Instant, id: RequestId) -> Option<JournalRecord> {
+        let entry = self.entries.get_mut(&id)?;
+        if is_over(now, entry) {
+            return None;
+        }
+        entry.record.attempt = entry.record.attempt.saturating_add(ATTEMPTS_OF_AN_ENTRY);
+        (entry.owner, entry.at) = (None, now);
+        Some(entry.record.clone())
+    }
+
+    /// Forgets what nobody comes back for, and hands it out: what a record holds was delivered, and is said to those
+    /// who bill once more, for an entry node that died before it could ([`super::ranges`]). Called now and then.
+    pub fn forget(&mut self, now: Instant) -> Vec<JournalRecord> {
+        let over: Vec<RequestId> =
+            self.entries.iter().filter(|(_, entry)| is_over(now, entry)).map(|(id, _)| *id).collect();
+        over.iter().filter_map(|id| self.remove(id)).collect()
+    }
+
+    /// Records that are kept.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// None is kept.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    fn remove(&mut self, id: &RequestId) -> Option<JournalRecord> {
+        let entry = self.entries.remove(id)?;
+        self.bytes = self.bytes.saturating_sub(bytes(&entry.record));
+        Some(entry.record)
+    }
+
+    fn make_room(&mut self, now: Instant) {
+        while self.entries.len() > RECORDS_MAX || self.bytes > BYTES_MAX && self.entries.len() > 1 {
+            let oldest = self.entries.iter().min_by_key(|(_, entry)| (!is_over(now, entry), entry.at));
+            let Some(oldest) = oldest.map(|(id, _)| *id) else { return };
+            self.remove(&oldest);
+        }
+    }
+}
+
+/// Nobody comes back for it. One that is not finished may still run until its deadline.
+fn is_over(now: Instant, entry: &Entry) -> bool {
+    let runs_until = if is_finished(&entry.record.emitted) { entry.at } else { entry.record.envelope.deadline };
+    now > entry.at.max(runs_until) + KEPT_FOR
+}
+
+fn is_finished(emitted: &Emitted) -> bool {
+    emitted.0.iter().all(|choice| choice.finished)
+}
+
+/// What a record takes, roughly.
+fn bytes(record: &JournalRecord) -> usize {
+    const FIXED: usize = 1024;
+    let generation = &record.envelope.generation;
+    let texts: usize = generation.stop.iter().map(String::len).sum();
+    let tokens = generation.prompt.len() + record.emitted.n_tokens();
+    FIXED + 4 * tokens + 8 * generation.sampling.logit_bias.len() + texts + record.answer.len()
+}
+
+fn taken() -> RequestError {
+    RequestError::new(ErrorKind::Conflict, TAKEN, "another node goes on with this request")
+}
+
+fn gap() -> RequestError {
+    RequestError::new(ErrorKind::NotFound, GAP, "the record lacks what comes before; hint: send it whole")
+}

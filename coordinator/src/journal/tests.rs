@@ -1,0 +1,305 @@
+//! Who keeps a record, how far it lags, what becomes of it when its entry node dies, and what is billed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+use shared::cluster::{NodeLoad, NodePhase};
+use shared::id::{Route, TenantId};
+use shared::request::{Emitted, Envelope, Generation, Sampling};
+use shared::tenant::Tier;
+use wire::node::{JournalDelta, JournalRecord};
+
+use super::idempotency::{RequestIds, same};
+use super::ranges::{Delivered, Ledger, Range, of_record};
+use super::records::{GAP, KEPT_FOR, Records, TAKEN, furthest, understood};
+use super::trail::{BEHIND, BEHIND_TOKENS, Kept, Put, Trail};
+use super::*;
+use crate::membership::{ClusterView, Member, SHARE_PARTS};
+use crate::ring::RingKey;
+use crate::route::Routes;
+use crate::testing::{now, spec_of_node};
+
+const ID: RequestId = RequestId(7);
+
+fn node(i: usize) -> NodeId {
+    format!("n{i}").parse().expect("valid name")
+}
+
+fn tenant() -> TenantId {
+    "acme".parse().expect("valid name")
+}
+
+/// Nodes n0 …, seen by `me`; those in `dead` are.
+fn table(n: usize, me: usize, dead: &[usize]) -> RoutingTable {
+    let member = |i: usize| Member {
+        spec: Arc::new(spec_of_node(&node(i), 1)),
+        health: if dead.contains(&i) { Health::Dead } else { Health::Alive },
+        phase: NodePhase::Serving,
+        incarnation: 1,
+        share: SHARE_PARTS,
+        load: NodeLoad { running: 0, places: 8, waiting: 0 },
+    };
+    let members: BTreeMap<NodeId, Member> = (0..n).map(|i| (node(i), member(i))).collect();
+    let view = ClusterView { epoch: 1, me: node(me), members };
+    Routes::new(RingKey::derive(b"test")).table(Arc::new(view))
+}
+
+fn envelope(at: Instant, prompt: &[u32]) -> Envelope {
+    let generation = Generation {
+        prompt: prompt.into(),
+        n: 1,
+        max_tokens: 64,
+        min_tokens: 0,
+        ignore_eos: false,
+        stop_token_ids: Vec::new(),
+        stop: Vec::new(),
+        sampling: Sampling::default(),
+        logprobs: None,
+        prompt_logprobs: None,
+        grammar: None,
+    };
+    Envelope {
+        id: ID,
+        route: Route { tenant: tenant(), task: None },
+        tier: Tier::Shared,
+        weight: 1,
+        concurrency: 4,
+        queue_depth: 16,
+        base: "smollm2".parse().expect("valid base"),
+        adapter: None,
+        fell_back: false,
+        cache_secret: [0; 32],
+        generation: Arc::new(generation),
+        contract_epoch: 1,
+        admitted_at: at,
+        deadline: at + Duration::from_secs(30),
+    }
+}
+
+fn emitted(n_tokens: u32, finished: bool) -> Emitted {
+    Emitted(vec![shared::request::EmittedChoice { tokens: (0..n_tokens).collect(), finished }])
+}
+
+fn record(at: Instant, attempt: u32, n_tokens: u32) -> JournalRecord {
+    JournalRecord { envelope: envelope(at, &[1, 2]), attempt, answer: vec![9], emitted: emitted(n_tokens, false) }
+}
+
+fn delta(attempt: u32, tokens: std::ops::Range<u32>) -> JournalDelta {
+    JournalDelta { id: ID, attempt, choice: 0, from: tokens.start, tokens: tokens.collect(), finished: false }
+}
+
+mod choosing {
+    use super::*;
+
+    #[test]
+    fn every_request_has_another_keeper_and_it_is_among_the_first_that_are_asked() {
+        let seen: BTreeSet<NodeId> = (0..200)
+            .map(|i| {
+                let id = RequestId(i);
+                let keeper = keeper(&table(5, 0, &[]), id).expect("five nodes");
+                assert_ne!(keeper, node(0), "a node's own death takes its records along");
+                let asked = whom_to_ask(&table(5, 3, &[0]), id);
+                assert!(asked.iter().position(|node| *node == keeper) <= Some(1), "{keeper} in {asked:?}");
+                assert!(!asked.contains(&node(0)), "the dead are not asked");
+                keeper
+            })
+            .collect();
+        assert_eq!(seen.len(), 4, "records are spread");
+        assert_eq!(keeper(&table(1, 0, &[]), ID), None);
+    }
+
+    #[test]
+    fn a_keeper_that_dies_is_replaced_and_one_that_serves_is_kept() {
+        let mut trail = Trail::new(ID);
+        trail.on_table(&table(5, 0, &[]));
+        let first = trail.keeper().cloned().expect("five nodes");
+        trail.on_table(&table(9, 0, &[]));
+        assert_eq!(trail.keeper(), Some(&first));
+        let index = first.as_str()[1..].parse().expect("a number");
+        trail.on_table(&table(5, 0, &[index]));
+        assert_ne!(trail.keeper(), Some(&first));
+    }
+}
+
+mod writing {
+    use super::*;
+
+    fn opened(start: Instant) -> (Trail, NodeId) {
+        let mut trail = Trail::new(ID);
+        trail.on_table(&table(3, 0, &[]));
+        let (keeper, put) = trail.next(start, &emitted(0, false), 1).expect("the record is sent at once");
+        assert_eq!(put, Put::Open);
+        trail.on_kept(start, &keeper, Kept::Yes);
+        (trail, keeper)
+    }
+
+    #[test]
+    fn the_record_lags_by_eight_tokens_or_fifty_milliseconds() {
+        let start = now();
+        let (mut trail, keeper) = opened(start);
+        trail.on_progress(start);
+        let few = BEHIND_TOKENS as u32 - 1;
+        assert_eq!(trail.next(start, &emitted(few, false), 1), None);
+        assert_eq!(trail.wake_at(), Some(start + BEHIND));
+        let (_, put) = trail.next(start, &emitted(few + 1, false), 1).expect("eight tokens");
+        assert_eq!(put, Put::Add(vec![delta(1, 0..8)]));
+        trail.on_progress(start);
+        assert_eq!(trail.next(start + BEHIND, &emitted(20, false), 1), None, "one message at a time");
+        trail.on_kept(start, &keeper, Kept::Yes);
+        let (_, put) = trail.next(start + BEHIND, &emitted(9, false), 2).expect("fifty milliseconds");
+        assert_eq!(put, Put::Add(vec![delta(2, 8..9)]));
+        trail.on_kept(start, &keeper, Kept::Yes);
+        assert_eq!(trail.wake_at(), None, "nothing is behind");
+        let (_, put) = trail.next(start, &emitted(9, true), 2).expect("the end is told at once");
+        assert_eq!(put, Put::Add(vec![JournalDelta { finished: true, ..delta(2, 9..9) }]));
+        trail.on_kept(start, &keeper, Kept::Yes);
+        assert!(trail.is_complete(&emitted(9, true)));
+    }
+
+    #[test]
+    fn a_gap_or_a_new_keeper_gets_the_whole_and_a_silent_one_is_asked_again() {
+        let start = now();
+        let (mut trail, keeper) = opened(start);
+        trail.on_progress(start);
+        trail.next(start, &emitted(9, false), 1).expect("nine tokens");
+        trail.on_kept(start, &keeper, Kept::Unknown);
+        assert_eq!(trail.next(start, &emitted(9, false), 1), None, "not in a loop");
+        let again = trail.wake_at().expect("later");
+        assert_eq!(trail.next(again, &emitted(9, false), 1).map(|(_, put)| put), Some(Put::Add(vec![delta(1, 0..9)])));
+        trail.on_kept(start, &keeper, Kept::Gap);
+        assert_eq!(trail.next(again, &emitted(9, false), 1).map(|(_, put)| put), Some(Put::Open));
+        let index = keeper.as_str()[1..].parse().expect("a number");
+        trail.on_table(&table(3, 0, &[index]));
+        trail.on_kept(start, &keeper, Kept::Yes);
+        let (other, put) = trail.next(again, &emitted(9, false), 1).expect("another keeper");
+        assert_eq!((other == keeper, put), (false, Put::Open));
+        trail.on_kept(start, &other, Kept::Taken);
+        assert_eq!((trail.next(again, &emitted(30, false), 1), trail.wake_at()), (None, None));
+    }
+}
+
+mod keeping {
+    use super::*;
+
+    #[test]
+    fn what_is_taken_is_written_by_its_former_entry_node_no_more() {
+        let (start, mut records) = (now(), Records::default());
+        records.open(start, &node(0), record(start, 1, 0)).expect("new");
+        records.put(start, &node(0), &delta(1, 0..8)).expect("next");
+        records.put(start, &node(0), &delta(2, 4..10)).expect("overlaps");
+        let taken = records.take(start, ID).expect("is here");
+        assert_eq!(taken.emitted, emitted(10, false));
+        assert!(taken.attempt > 2 + 8, "an entry node starts fewer runs: {}", taken.attempt);
+        let refused = |error: RequestError| (error.code, understood(&error));
+        let late = records.put(start, &node(0), &delta(3, 10..12)).map_err(refused);
+        assert_eq!(late, Err((TAKEN, Kept::Taken)));
+        assert_eq!(records.open(start, &node(0), record(start, 3, 12)).map_err(refused), Err((TAKEN, Kept::Taken)));
+        records.open(start, &node(2), record(start, taken.attempt, 10)).expect("the new entry node");
+        records.put(start, &node(2), &delta(taken.attempt + 1, 10..11)).expect("goes on");
+        assert_eq!(records.take(start, ID).map(|record| record.emitted), Some(emitted(11, false)));
+    }
+
+    use shared::error::RequestError;
+
+    #[test]
+    fn gaps_are_refused() {
+        let (start, mut records) = (now(), Records::default());
+        let code = |outcome: Result<(), RequestError>| outcome.map_err(|error| error.code);
+        assert_eq!(code(records.put(start, &node(0), &delta(1, 0..1))), Err(GAP));
+        records.open(start, &node(0), record(start, 1, 4)).expect("new");
+        assert_eq!(code(records.put(start, &node(0), &delta(1, 5..6))), Err(GAP));
+        assert_eq!(code(records.put(start, &node(0), &JournalDelta { choice: 1, ..delta(1, 0..1) })), Err(GAP));
+    }
+
+    #[test]
+    fn records_are_kept_for_a_minute_behind_their_end_and_then_handed_out() {
+        let (start, mut records) = (now(), Records::default());
+        records.open(start, &node(0), record(start, 1, 4)).expect("new");
+        let deadline = start + Duration::from_secs(30);
+        assert!(records.forget(deadline + KEPT_FOR).is_empty() && records.len() == 1, "it may still run");
+        let over = records.forget(deadline + KEPT_FOR + Duration::from_millis(1));
+        let ranges: Vec<Range> = over.iter().flat_map(|record| of_record(ID, &record.emitted)).collect();
+        assert_eq!(ranges, [Range { request: ID, choice: 0, from: 0, to: 4 }]);
+        assert!(records.is_empty() && records.take(start, ID).is_none());
+        records.open(start, &node(0), record(start, 1, 4)).expect("new");
+        records.put(start, &node(0), &JournalDelta { finished: true, ..delta(1, 4..4) }).expect("its end");
+        assert!(records.take(start + KEPT_FOR, ID).is_some());
+        assert_eq!((records.forget(start + KEPT_FOR * 3).len(), records.len()), (1, 0));
+    }
+
+    #[test]
+    fn of_two_records_the_one_that_is_further_counts() {
+        let start = now();
+        let found = furthest([record(start, 1, 9), record(start, 17, 4), record(start, 17, 6), record(start, 2, 20)]);
+        assert_eq!(found.map(|record| (record.attempt, record.emitted.n_tokens())), Some((17, 6)));
+    }
+}
+
+mod twice {
+    use super::*;
+
+    #[test]
+    fn a_key_names_one_request_of_one_tenant() {
+        let ids = RequestIds::derive(b"secret");
+        let other: TenantId = "baker".parse().expect("valid name");
+        assert_eq!(ids.of(&tenant(), b"key"), ids.of(&tenant(), b"key"));
+        assert_ne!(ids.of(&tenant(), b"key"), ids.of(&other, b"key"));
+        assert_ne!(ids.of(&tenant(), b"key"), ids.of(&tenant(), b"key2"));
+        assert_ne!(ids.of(&tenant(), b"key"), RequestIds::derive(b"other").of(&tenant(), b"key"));
+    }
+
+    #[test]
+    fn a_key_is_not_used_for_two_things() {
+        let start = now();
+        let (before, mut seeded) = (envelope(start, &[1, 2]), envelope(start + BEHIND, &[1, 2]));
+        let mut generation = (*seeded.generation).clone();
+        generation.sampling.seed = 5;
+        seeded.generation = Arc::new(generation);
+        assert_eq!(same(&before, &seeded), Ok(()));
+        let code = same(&before, &envelope(start, &[1, 3])).map_err(|error| error.code);
+        assert_eq!(code, Err("idempotency_key_reused"));
+    }
+}
+
+mod billing {
+    use super::*;
+    use shared::token::TokenEvent;
+
+    fn token(seq: u32) -> TokenEvent {
+        TokenEvent::Token { choice: 0, seq, id: 1, logprobs: None }
+    }
+
+    /// The first entry node dies before it says all; the second begins with what the client has.
+    #[test]
+    fn two_entry_nodes_bill_every_token_once() {
+        let mut ledger = Ledger::default();
+        let mut first = Delivered::new(ID, 1, &[]);
+        (0..5).for_each(|seq| first.on_event(&token(seq)));
+        let said = first.unsaid();
+        assert_eq!(said, [Range { request: ID, choice: 0, from: 0, to: 5 }]);
+        assert_eq!(first.unsaid(), []);
+        (5..9).for_each(|seq| first.on_event(&token(seq)));
+        let mut second = Delivered::new(ID, 1, &[9]);
+        (9..12).for_each(|seq| second.on_event(&token(seq)));
+        let all = [said.clone(), second.unsaid(), said];
+        let new: Vec<u32> = all.concat().into_iter().map(|range| ledger.bill(range)).collect();
+        assert_eq!((new, ledger.billed(ID)), (vec![5, 7, 0], 12));
+    }
+
+    proptest! {
+        #[test]
+        fn the_ledger_counts_the_union(ranges in proptest::collection::vec((0_u32..40, 0_u32..12), 0..20)) {
+            let mut ledger = Ledger::default();
+            let mut all = BTreeSet::new();
+            for (from, length) in ranges {
+                let before = all.len();
+                all.extend(from..from + length);
+                let new = ledger.bill(Range { request: ID, choice: 0, from, to: from + length });
+                prop_assert_eq!(new as usize, all.len() - before);
+            }
+            prop_assert_eq!(ledger.billed(ID), all.len() as u64);
+        }
+    }
+}
