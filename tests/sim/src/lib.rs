@@ -17,3 +17,4 @@ pub mod engine;
 pub mod network;
 pub mod oracle;
 pub mod world;
+pub mod model;
