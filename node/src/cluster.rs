@@ -96,7 +96,7 @@ impl Network {
         let Some(address) = node.peer.filter(|_| config.nodes.len() > 1) else { return Ok(None) };
         let identity = Identity::load(node.name.clone(), &node.data)?;
         let incarnation = u64::try_from(clock.wall().as_millis()).unwrap_or(u64::MAX);
-        let hello = Hello { cluster: config.name.clone(), node: node.name.clone(), incarnation, bases };
+        let hello = Hello::new(config.name.clone(), node.name.clone(), incarnation, bases);
         let peers = config.nodes.iter().filter_map(|node| Some((node.name.clone(), node.peer?))).collect();
         let parts = EndpointParts::bind(address)
             .map_err(|error| anyhow::anyhow!("listen for other nodes on {address}: {error}"))?;

@@ -17,8 +17,10 @@ use shared::id::RequestId;
 use crate::frame::{Frame, FrameError, Kind};
 use crate::message::{self as m, Body, read, write};
 use crate::node::{
-    Answer, Hello, JournalDelta, JournalRecord, Message, Opening, Progress, Request, Response, ServedBase, Start,
+    Answer, Hello, JournalDelta, JournalRecord, Message, Opening, Progress, Renewal, Request, Response, ServedBase,
+    Start,
 };
+use crate::version::{Spoken, Version};
 
 /// Nodes a redirect may name.
 const MOVED_MAX: usize = 8;
@@ -54,23 +56,36 @@ fn unexpected(frame: &Frame) -> FrameError {
 impl Message for Hello {
     const KINDS: &'static [Kind] = &[m::Hello::KIND];
 
-    fn encode(&self, _: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
+    fn encode_for(&self, version: Version, _: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
         let base = |base: &ServedBase| m::ServedBase {
             name: base.name.to_string(),
             hash: base.hash.0,
             numerics_id: base.numerics_id.clone(),
         };
-        let hello = m::Hello {
-            cluster: self.cluster.clone(),
-            node: self.node.to_string(),
-            incarnation: self.incarnation,
-            bases: self.bases.iter().map(base).collect(),
-        };
-        write(&hello, out)
+        let (cluster, node, incarnation) = (self.cluster.clone(), self.node.to_string(), self.incarnation);
+        let bases = self.bases.iter().map(base).collect();
+        match version {
+            Version::V1 => write(version, &m::v1::Hello { cluster, node, incarnation, bases }, out),
+            Version::V2 => {
+                let Spoken { oldest: wire_oldest, newest: wire_newest } = self.wire;
+                let has_authority = self.has_authority;
+                let hello = m::Hello { cluster, node, incarnation, bases, wire_oldest, wire_newest, has_authority };
+                write(version, &hello, out)
+            }
+        }
     }
 
     fn decode(frame: &Frame, _: Instant) -> Result<Self, FrameError> {
-        let hello: m::Hello = read(frame)?;
+        let hello: m::Hello = match frame.version {
+            Version::V1 => {
+                let m::v1::Hello { cluster, node, incarnation, bases } = read(frame)?;
+                // Whoever speaks version 1 when more is offered speaks nothing else.
+                let number = Version::V1.number();
+                let (wire_oldest, wire_newest, has_authority) = (number, number, false);
+                m::Hello { cluster, node, incarnation, bases, wire_oldest, wire_newest, has_authority }
+            }
+            Version::V2 => read(frame)?,
+        };
         let checked = || -> Result<Self, Meaningless> {
             ensure(hello.bases.len() <= BASES_MAX, || format!("{} bases, limit {BASES_MAX}", hello.bases.len()))?;
             let base = |base: m::ServedBase| -> Result<ServedBase, Meaningless> {
@@ -81,6 +96,8 @@ impl Message for Hello {
                 node: hello.node.parse()?,
                 incarnation: hello.incarnation,
                 bases: hello.bases.into_iter().map(base).collect::<Result<_, _>>()?,
+                wire: Spoken { oldest: hello.wire_oldest, newest: hello.wire_newest },
+                has_authority: hello.has_authority,
             })
         };
         checked().map_err(|error| error.at(frame.kind))
@@ -90,7 +107,7 @@ impl Message for Hello {
 impl Message for Heartbeat {
     const KINDS: &'static [Kind] = &[m::Heartbeat::KIND];
 
-    fn encode(&self, _: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
+    fn encode_for(&self, version: Version, _: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
         let beat = m::Heartbeat {
             incarnation: self.incarnation,
             seq: self.seq,
@@ -105,7 +122,7 @@ impl Message for Heartbeat {
             places: self.load.places,
             waiting: self.load.waiting,
         };
-        write(&beat, out)
+        write(version, &beat, out)
     }
 
     fn decode(frame: &Frame, _: Instant) -> Result<Self, FrameError> {
@@ -128,14 +145,14 @@ impl Message for Heartbeat {
 impl Message for Start {
     const KINDS: &'static [Kind] = &[m::Start::KIND];
 
-    fn encode(&self, now: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
+    fn encode_for(&self, version: Version, now: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
         let start = m::Start {
             envelope: envelope::to_wire(&self.envelope, now),
             attempt: self.attempt,
             epoch: self.epoch,
             emitted: envelope::emitted_to_wire(&self.emitted),
         };
-        write(&start, out)
+        write(version, &start, out)
     }
 
     fn decode(frame: &Frame, now: Instant) -> Result<Self, FrameError> {
@@ -156,13 +173,15 @@ impl Message for Start {
 impl Message for Answer {
     const KINDS: &'static [Kind] = &[m::Event::KIND, m::Moved::KIND, m::Refused::KIND];
 
-    fn encode(&self, _: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
+    fn encode_for(&self, version: Version, _: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
         match self {
-            Self::Event { attempt, event } => write(&m::Event { attempt: *attempt, event: event::to_wire(event) }, out),
-            Self::Moved { epoch, to } => {
-                write(&m::Moved { epoch: *epoch, to: to.iter().map(ToString::to_string).collect() }, out)
+            Self::Event { attempt, event } => {
+                write(version, &m::Event { attempt: *attempt, event: event::to_wire(event) }, out)
             }
-            Self::Refused(error) => write(&event::error_to_wire(error), out),
+            Self::Moved { epoch, to } => {
+                write(version, &m::Moved { epoch: *epoch, to: to.iter().map(ToString::to_string).collect() }, out)
+            }
+            Self::Refused(error) => write(version, &event::error_to_wire(error), out),
         }
     }
 
@@ -198,21 +217,21 @@ impl Message for Request {
         m::Probe::KIND,
     ];
 
-    fn encode(&self, now: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
+    fn encode_for(&self, version: Version, now: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
         match self {
-            Self::Raft { group, bytes } => write(&m::Raft { group: *group, bytes: bytes.clone() }, out),
-            Self::Admin { bytes } => write(&m::Admin { bytes: bytes.clone() }, out),
+            Self::Raft { group, bytes } => write(version, &m::Raft { group: *group, bytes: bytes.clone() }, out),
+            Self::Admin { bytes } => write(version, &m::Admin { bytes: bytes.clone() }, out),
             Self::Warm { epoch, base, adapter } => {
                 let (base, tenant) = (base.to_string(), adapter.tenant.to_string());
-                write(&m::Warm { epoch: *epoch, base, tenant, hash: adapter.hash.0 }, out)
+                write(version, &m::Warm { epoch: *epoch, base, tenant, hash: adapter.hash.0 }, out)
             }
-            Self::JournalOpen(record) => write(&m::JournalOpen { record: record_to_wire(record, now) }, out),
+            Self::JournalOpen(record) => write(version, &m::JournalOpen { record: record_to_wire(record, now) }, out),
             Self::JournalPut(deltas) => {
-                write(&m::JournalPut { deltas: deltas.iter().map(delta_to_wire).collect() }, out)
+                write(version, &m::JournalPut { deltas: deltas.iter().map(delta_to_wire).collect() }, out)
             }
-            Self::JournalTake { id } => write(&m::JournalTake { id: id.0 }, out),
-            Self::DrainNotice { epoch } => write(&m::DrainNotice { epoch: *epoch }, out),
-            Self::Probe { id, attempt } => write(&m::Probe { id: id.0, attempt: *attempt }, out),
+            Self::JournalTake { id } => write(version, &m::JournalTake { id: id.0 }, out),
+            Self::DrainNotice { epoch } => write(version, &m::DrainNotice { epoch: *epoch }, out),
+            Self::Probe { id, attempt } => write(version, &m::Probe { id: id.0, attempt: *attempt }, out),
         }
     }
 
@@ -261,19 +280,19 @@ impl Message for Response {
         m::Refused::KIND,
     ];
 
-    fn encode(&self, now: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
+    fn encode_for(&self, version: Version, now: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
         match self {
-            Self::Raft { bytes } => write(&m::RaftReply { bytes: bytes.clone() }, out),
-            Self::Admin { bytes } => write(&m::AdminReply { bytes: bytes.clone() }, out),
-            Self::Done => write(&m::Done { reserved: 0 }, out),
+            Self::Raft { bytes } => write(version, &m::RaftReply { bytes: bytes.clone() }, out),
+            Self::Admin { bytes } => write(version, &m::AdminReply { bytes: bytes.clone() }, out),
+            Self::Done => write(version, &m::Done { reserved: 0 }, out),
             Self::Journal(record) => {
                 let record = record.as_deref().map(|record| record_to_wire(record, now));
-                write(&m::Journal { record }, out)
+                write(version, &m::Journal { record }, out)
             }
             Self::Probe(Progress { known, running, n_tokens }) => {
-                write(&m::ProbeReply { known: *known, running: *running, n_tokens: *n_tokens }, out)
+                write(version, &m::ProbeReply { known: *known, running: *running, n_tokens: *n_tokens }, out)
             }
-            Self::Refused(error) => write(&event::error_to_wire(error), out),
+            Self::Refused(error) => write(version, &event::error_to_wire(error), out),
         }
     }
 
@@ -301,12 +320,13 @@ impl Message for Response {
 
 impl Message for Opening {
     const KINDS: &'static [Kind] =
-        &concat::<{ Start::KINDS.len() + Request::KINDS.len() }>(Start::KINDS, Request::KINDS);
+        &concat::<{ 2 + Request::KINDS.len() }>(&[m::Start::KIND, m::Renew::KIND], Request::KINDS);
 
-    fn encode(&self, now: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
+    fn encode_for(&self, version: Version, now: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
         match self {
-            Self::Start(start) => start.encode(now, out),
-            Self::Request(request) => request.encode(now, out),
+            Self::Start(start) => start.encode_for(version, now, out),
+            Self::Request(request) => request.encode_for(version, now, out),
+            Self::Renew => write(version, &m::Renew { reserved: 0 }, out),
         }
     }
 
@@ -314,7 +334,30 @@ impl Message for Opening {
         if frame.kind.id == m::Start::KIND.id {
             return Ok(Self::Start(Box::new(Start::decode(frame, now)?)));
         }
+        if frame.kind.id == m::Renew::KIND.id {
+            let _: m::Renew = read(frame)?;
+            return Ok(Self::Renew);
+        }
         Ok(Self::Request(Request::decode(frame, now)?))
+    }
+}
+
+impl Message for Renewal {
+    const KINDS: &'static [Kind] = &[m::Renewed::KIND, m::Refused::KIND];
+
+    fn encode_for(&self, version: Version, _: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
+        match self {
+            Self::Certificate(certificate) => write(version, &m::Renewed { certificate: certificate.clone() }, out),
+            Self::Refused(error) => write(version, &event::error_to_wire(error), out),
+        }
+    }
+
+    fn decode(frame: &Frame, _: Instant) -> Result<Self, FrameError> {
+        match frame.kind.id {
+            id if id == m::Renewed::KIND.id => Ok(Self::Certificate(read::<m::Renewed>(frame)?.certificate)),
+            id if id == m::Refused::KIND.id => Ok(Self::Refused(event::error_from_wire(read(frame)?))),
+            _ => Err(unexpected(frame)),
+        }
     }
 }
 

@@ -4,13 +4,13 @@
 //! magic "TNRY" · wire version u16 · type u16 · schema hash u64 · length u32 · body
 //! ```
 //!
-//! Little endian, 20 bytes. All of it must match what the reader expects exactly; the length must be within the
-//! bound of the type. Only then is anything allocated, and never more than has arrived, twice. [`Decoder`] is pure:
+//! Little endian, 20 bytes. All of it must match exactly what the reader expects in the version that both ends agreed
+//! on; the length must be within the bound of the type. Only then is anything allocated, and never more than has arrived, twice. [`Decoder`] is pure:
 //! the shells in `peer` feed it what the network brings, in pieces of any size.
 
 use rkyv::util::AlignedVec;
 
-use crate::WIRE_VERSION;
+use crate::version::{Spoken, Version};
 
 /// Bytes before the body.
 pub const HEADER_BYTES: usize = 20;
@@ -23,17 +23,27 @@ const BODY_BYTES_FIRST: usize = 4096;
 /// `rkyv` reads in place, so bodies lie as its widest type asks.
 const BODY_ALIGNMENT: usize = 16;
 
-/// A type of message: its number, its layout, and how large it may be.
+/// A type of message: its number, its layouts, and how large it may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Kind {
     /// Number of the type; never used again for another.
     pub id: u16,
-    /// Fingerprint of its layout.
-    pub schema: u64,
+    /// Fingerprints of its layout in [`Version::OLDEST`], if it was there, and in [`Version::NEWEST`].
+    pub(crate) schemas: [Option<u64>; 2],
     /// Largest body in bytes.
     pub bytes_max: u32,
     /// For logs.
     pub name: &'static str,
+}
+
+impl Kind {
+    /// Fingerprint of its layout in a version; `None` where there is no such message.
+    pub fn schema(&self, version: Version) -> Option<u64> {
+        match version {
+            Version::V1 => self.schemas[0],
+            Version::V2 => self.schemas[1],
+        }
+    }
 }
 
 /// Why bytes are not a frame that the reader takes. The connection they came on is not to be used any more.
@@ -46,10 +56,20 @@ pub enum FrameError {
         found: [u8; 4],
     },
     /// Another wire version than TLS agreed on.
-    #[error("frame has wire version {found}, this node speaks {WIRE_VERSION}; hint: upgrade the older node")]
+    #[error("frame has wire version {found} where {agreed} was agreed on; this node speaks {}", Spoken::OURS)]
     Version {
         /// Version found.
         found: u16,
+        /// Version of the connection.
+        agreed: Version,
+    },
+    /// The other end is too old for this message.
+    #[error("wire version {version}, which the other node speaks, has no {name}; hint: upgrade that node")]
+    Missing {
+        /// Which message.
+        name: &'static str,
+        /// Version of the connection.
+        version: Version,
     },
     /// A message that has no place here, or of a later program.
     #[error("frame has type {found}, which is not expected here")]
@@ -102,6 +122,8 @@ pub enum FrameError {
 /// One frame whose header fits; the body is yet to be read.
 #[derive(Debug)]
 pub struct Frame {
+    /// In which version it speaks.
+    pub version: Version,
     /// Its type.
     pub kind: Kind,
     /// Its bytes.
@@ -109,18 +131,19 @@ pub struct Frame {
 }
 
 /// The header of a message of `n_bytes`.
-pub(crate) fn header(kind: Kind, n_bytes: u32) -> [u8; HEADER_BYTES] {
+pub(crate) fn header(version: Version, kind: Kind, n_bytes: u32) -> Result<[u8; HEADER_BYTES], FrameError> {
+    let schema = kind.schema(version).ok_or(FrameError::Missing { name: kind.name, version })?;
     let mut header = [0; HEADER_BYTES];
     header[..4].copy_from_slice(&MAGIC);
-    header[4..6].copy_from_slice(&WIRE_VERSION.to_le_bytes());
+    header[4..6].copy_from_slice(&version.number().to_le_bytes());
     header[6..8].copy_from_slice(&kind.id.to_le_bytes());
-    header[8..16].copy_from_slice(&kind.schema.to_le_bytes());
+    header[8..16].copy_from_slice(&schema.to_le_bytes());
     header[16..].copy_from_slice(&n_bytes.to_le_bytes());
-    header
+    Ok(header)
 }
 
 /// Type and body length that a header claims, if it is one of `kinds`.
-fn check(header: &[u8; HEADER_BYTES], kinds: &[Kind]) -> Result<(Kind, usize), FrameError> {
+fn check(header: &[u8; HEADER_BYTES], agreed: Version, kinds: &[Kind]) -> Result<(Kind, usize), FrameError> {
     let (magic, rest) = header.split_first_chunk::<4>().expect("the header has 20 bytes");
     let (version, rest) = rest.split_first_chunk::<2>().expect("16 bytes are left");
     let (id, rest) = rest.split_first_chunk::<2>().expect("14 bytes are left");
@@ -130,14 +153,15 @@ fn check(header: &[u8; HEADER_BYTES], kinds: &[Kind]) -> Result<(Kind, usize), F
         return Err(FrameError::Magic { found: *magic });
     }
     let version = u16::from_le_bytes(*version);
-    if version != WIRE_VERSION {
-        return Err(FrameError::Version { found: version });
+    if version != agreed.number() {
+        return Err(FrameError::Version { found: version, agreed });
     }
     let id = u16::from_le_bytes(*id);
-    let kind = *kinds.iter().find(|kind| kind.id == id).ok_or(FrameError::Type { found: id })?;
+    let known = kinds.iter().find(|kind| kind.id == id).and_then(|kind| Some((*kind, kind.schema(agreed)?)));
+    let (kind, expected) = known.ok_or(FrameError::Type { found: id })?;
     let schema = u64::from_le_bytes(*schema);
-    if schema != kind.schema {
-        return Err(FrameError::Schema { name: kind.name, expected: kind.schema, found: schema });
+    if schema != expected {
+        return Err(FrameError::Schema { name: kind.name, expected, found: schema });
     }
     let length = u32::from_le_bytes(*length);
     if length > kind.bytes_max {
@@ -149,6 +173,7 @@ fn check(header: &[u8; HEADER_BYTES], kinds: &[Kind]) -> Result<(Kind, usize), F
 /// Cuts a stream into frames of the types that have a place on it.
 #[derive(Debug)]
 pub struct Decoder {
+    version: Version,
     kinds: &'static [Kind],
     header: [u8; HEADER_BYTES],
     header_len: usize,
@@ -160,9 +185,14 @@ pub struct Decoder {
 // === impl Decoder ===
 
 impl Decoder {
-    /// For a stream on which `kinds` may come.
+    /// For a stream on which `kinds` may come, between ends of this program.
     pub fn new(kinds: &'static [Kind]) -> Self {
-        Self { kinds, header: [0; HEADER_BYTES], header_len: 0, open: None, body: AlignedVec::new() }
+        Self::speaking(Version::NEWEST, kinds)
+    }
+
+    /// For a stream of a version on which `kinds` may come.
+    pub fn speaking(version: Version, kinds: &'static [Kind]) -> Self {
+        Self { version, kinds, header: [0; HEADER_BYTES], header_len: 0, open: None, body: AlignedVec::new() }
     }
 
     /// Takes what it needs from the front of `bytes`; a frame when one is complete.
@@ -179,7 +209,7 @@ impl Decoder {
                 if self.header_len < HEADER_BYTES {
                     return Ok(None);
                 }
-                let open = check(&self.header, self.kinds)?;
+                let open = check(&self.header, self.version, self.kinds)?;
                 self.open = Some(open);
                 self.body = AlignedVec::with_capacity(open.1.min(BODY_BYTES_FIRST));
                 open
@@ -192,7 +222,7 @@ impl Decoder {
         }
         self.open = None;
         self.header_len = 0;
-        Ok(Some(Frame { kind, body: std::mem::take(&mut self.body) }))
+        Ok(Some(Frame { version: self.version, kind, body: std::mem::take(&mut self.body) }))
     }
 
     /// To be called when the stream is at its end.
@@ -212,8 +242,8 @@ impl Decoder {
     ///
     /// # Errors
     /// As [`Self::feed`] and [`Self::finish`], and when something follows.
-    pub fn only(kinds: &'static [Kind], mut bytes: &[u8]) -> Result<Frame, FrameError> {
-        let mut decoder = Self::new(kinds);
+    pub fn only(version: Version, kinds: &'static [Kind], mut bytes: &[u8]) -> Result<Frame, FrameError> {
+        let mut decoder = Self::speaking(version, kinds);
         match decoder.feed(&mut bytes)? {
             Some(_) if !bytes.is_empty() => Err(FrameError::Trailing { n_bytes: bytes.len() }),
             Some(frame) => Ok(frame),

@@ -7,15 +7,16 @@
 //!
 //! # Versions
 //!
-//! Two ends that speak the same [`NODE_ALPN`] speak the same wire version: TLS agrees on it before a byte of ours
-//! is sent. Within a version every message type has one layout for ever; the header carries a hash of it, and what
-//! does not match exactly is refused. A new message type may join a version (older ends refuse it, and it alone); a
-//! changed one needs a new version, which a program offers beside the last one for the time of an upgrade.
+//! Two ends agree on a [`Version`] before a byte of ours is sent. Within a version every message type has one layout
+//! for ever; the header carries a hash of it, and what does not match exactly is refused. A program reads and writes
+//! the version before its own, too, so that a cluster is upgraded node by node: `message` keeps the older layouts,
+//! `convert` fills in what they lack, and a message that the older version does not know is not sent.
 //! The bytes of every version stay in `testdata/`.
 
 #![forbid(unsafe_code)]
 
 mod schema;
+mod version;
 pub mod frame;
 pub mod node;
 mod message;
@@ -24,12 +25,7 @@ pub mod client;
 pub mod join;
 
 pub use frame::{Decoder, Frame, FrameError};
-
-/// Version of everything between nodes.
-pub const WIRE_VERSION: u16 = 1;
-
-/// Protocol between nodes, agreed on by TLS; its number is [`WIRE_VERSION`].
-pub const NODE_ALPN: &[u8] = b"tenantry-node/1";
+pub use version::{Spoken, Version};
 
 /// Protocol of a node that has no certificate yet and brings an invitation.
 pub const JOIN_ALPN: &[u8] = b"tenantry-join/1";

@@ -1,6 +1,9 @@
 //! The messages between nodes as bytes: the only `rkyv` derives of the workspace, and the table of frame types.
 //!
-//! Plain data without meaning; `convert` gives it one or refuses it. Numbers of types are never used again.
+//! Plain data without meaning; `convert` gives it one or refuses it. Numbers of types are never used again. A type
+//! that changed keeps its former layout beside it, under the version that had it, as long as that is spoken.
+
+pub(crate) mod v1;
 
 use rkyv::api::high::{HighDeserializer, HighSerializer, HighValidator};
 use rkyv::bytecheck::CheckBytes;
@@ -11,6 +14,7 @@ use rkyv::{Archive, Deserialize, Serialize};
 
 use crate::frame::{Frame, FrameError, Kind, header};
 use crate::schema::{FORMAT, Schema, then, wire_type};
+use crate::version::Version;
 
 /// A message that is a frame of its own.
 pub(crate) trait Body: Schema {
@@ -18,12 +22,18 @@ pub(crate) trait Body: Schema {
     const KIND: Kind;
 }
 
+/// Fingerprint of a layout as it stands in headers.
+const fn schema<T: Schema>() -> Option<u64> {
+    Some(then(FORMAT, T::HASH))
+}
+
+/// The table of frame types: what is said of version 1 only where it differed.
 macro_rules! bodies {
-    ($($name:ident = $id:literal, at most $bytes_max:expr;)*) => {
+    ($($name:ident = $id:literal, at most $bytes_max:expr $(, in version 1 $v1:expr)?;)*) => {
         $(impl Body for $name {
             const KIND: Kind = Kind {
                 id: $id,
-                schema: then(FORMAT, $name::HASH),
+                schemas: [bodies!(@ schema::<$name>() $(, $v1)?), schema::<$name>()],
                 bytes_max: $bytes_max,
                 name: stringify!($name),
             };
@@ -33,6 +43,8 @@ macro_rules! bodies {
         #[cfg(test)]
         pub(crate) const KINDS: &[Kind] = &[$($name::KIND),*];
     };
+    (@ $same:expr) => { $same };
+    (@ $same:expr, $v1:expr) => { $v1 };
 }
 
 /// 1 KiB.
@@ -41,7 +53,7 @@ const KIB: u32 = 1 << 10;
 const MIB: u32 = 1 << 20;
 
 bodies! {
-    Hello = 1, at most 64 * KIB;
+    Hello = 1, at most 64 * KIB, in version 1 schema::<v1::Hello>();
     // One datagram: below the smallest path that QUIC allows.
     Heartbeat = 2, at most KIB;
     // A prompt of 131,072 tokens, as many tokens of answer, a schema.
@@ -65,10 +77,12 @@ bodies! {
     DrainNotice = 20, at most KIB;
     Probe = 21, at most KIB;
     ProbeReply = 22, at most KIB;
+    Renew = 23, at most KIB, in version 1 None;
+    Renewed = 24, at most 8 * KIB, in version 1 None;
 }
 
-/// Appends the frame of `body` to `out`.
-pub(crate) fn write<T>(body: &T, out: &mut Vec<u8>) -> Result<(), FrameError>
+/// Appends the frame of `body`, whose layout is that of the version, to `out`.
+pub(crate) fn write<T>(version: Version, body: &T, out: &mut Vec<u8>) -> Result<(), FrameError>
 where
     T: Body + for<'a> Serialize<HighSerializer<AlignedVec, ArenaHandle<'a>, rancor::Error>>,
 {
@@ -78,17 +92,20 @@ where
     if length > kind.bytes_max {
         return Err(FrameError::Length { name: kind.name, found: length, max: kind.bytes_max });
     }
-    out.extend_from_slice(&header(kind, length));
+    let header = header(version, kind, length)?;
+    debug_assert_eq!(kind.schema(version), schema::<T>(), "a version is written in its own layouts");
+    out.extend_from_slice(&header);
     out.extend_from_slice(&bytes);
     Ok(())
 }
 
-/// The value that `frame` holds.
+/// The value that `frame` holds, whose layout is that of its version.
 pub(crate) fn read<T>(frame: &Frame) -> Result<T, FrameError>
 where
     T: Body + Archive,
     T::Archived: for<'a> CheckBytes<HighValidator<'a, rancor::Error>> + Deserialize<T, HighDeserializer<rancor::Error>>,
 {
+    debug_assert_eq!(frame.kind.schema(frame.version), schema::<T>(), "a version is read in its own layouts");
     rkyv::from_bytes::<T, rancor::Error>(&frame.body)
         .map_err(|error| FrameError::Body { name: T::KIND.name, reason: error.to_string() })
 }
@@ -99,6 +116,9 @@ wire_type! {
         node: String,
         incarnation: u64,
         bases: Vec<ServedBase>,
+        wire_oldest: u16,
+        wire_newest: u16,
+        has_authority: bool,
     }
 }
 
@@ -413,5 +433,18 @@ wire_type! {
         known: bool,
         running: bool,
         n_tokens: u64,
+    }
+}
+
+wire_type! {
+    /// As [`Done`].
+    struct Renew {
+        reserved: u8,
+    }
+}
+
+wire_type! {
+    struct Renewed {
+        certificate: String,
     }
 }

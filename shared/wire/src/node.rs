@@ -3,6 +3,7 @@
 //! | exchange | first frame | answered by |
 //! |---|---|---|
 //! | a connection opens | [`Hello`] | [`Hello`] |
+//! | [`Opening::Renew`] | nothing more | [`Renewal`] |
 //! | datagram | [`Heartbeat`] | nothing |
 //! | work | [`Start`] | [`Answer`]s until the stream ends |
 //! | call | [`Request`] | one [`Response`] |
@@ -21,6 +22,7 @@ use shared::request::{Emitted, Envelope};
 use shared::token::TokenEvent;
 
 use crate::frame::{Frame, FrameError, Kind};
+use crate::version::{Spoken, Version};
 
 /// What a node says of itself when a connection opens. TLS has proved the name by then.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,6 +35,19 @@ pub struct Hello {
     pub incarnation: u64,
     /// Bases it serves.
     pub bases: Vec<ServedBase>,
+    /// Wire versions it speaks.
+    pub wire: Spoken,
+    /// It certifies nodes; a node of version 1 does not say so.
+    pub has_authority: bool,
+}
+
+// === impl Hello ===
+
+impl Hello {
+    /// Of a node of this program; `peer` adds whether it has the authority.
+    pub fn new(cluster: String, node: NodeId, incarnation: u64, bases: Vec<ServedBase>) -> Self {
+        Self { cluster, node, incarnation, bases, wire: Spoken::OURS, has_authority: false }
+    }
 }
 
 /// A base as one node serves it.
@@ -198,6 +213,17 @@ pub enum Opening {
     Start(Box<Start>),
     /// A call.
     Request(Request),
+    /// The sender asks for a new certificate for its key and name. Answered by [`Renewal`]. Since version 2.
+    Renew,
+}
+
+/// The answer to [`Opening::Renew`].
+#[derive(Debug, Clone, PartialEq)]
+pub enum Renewal {
+    /// A certificate, PEM.
+    Certificate(String),
+    /// Not done, and why.
+    Refused(RequestError),
 }
 
 /// What has frames.
@@ -205,11 +231,20 @@ pub trait Message: Sized {
     /// The frame types it comes in.
     const KINDS: &'static [Kind];
 
-    /// Appends its frame to `out`.
+    /// Appends its frame in a version to `out`.
+    ///
+    /// # Errors
+    /// [`FrameError::Length`] when it is larger than its type may be, [`FrameError::Missing`] when the version does not
+    /// know it; `out` is unchanged then.
+    fn encode_for(&self, version: Version, now: Instant, out: &mut Vec<u8>) -> Result<(), FrameError>;
+
+    /// As [`Self::encode_for`], for ends of this program.
     ///
     /// # Errors
     /// [`FrameError::Length`] when it is larger than its type may be; `out` is unchanged then.
-    fn encode(&self, now: Instant, out: &mut Vec<u8>) -> Result<(), FrameError>;
+    fn encode(&self, now: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
+        self.encode_for(Version::NEWEST, now, out)
+    }
 
     /// Reads a frame of one of [`Self::KINDS`].
     ///
@@ -218,18 +253,33 @@ pub trait Message: Sized {
     fn decode(frame: &Frame, now: Instant) -> Result<Self, FrameError>;
 }
 
-/// A [`Heartbeat`] as one datagram.
+/// A [`Heartbeat`] as one datagram for ends of this program.
 pub fn encode_datagram(heartbeat: &Heartbeat, now: Instant) -> Vec<u8> {
+    encode_datagram_for(Version::NEWEST, heartbeat, now)
+}
+
+/// A [`Heartbeat`] as one datagram of a version.
+pub fn encode_datagram_for(version: Version, heartbeat: &Heartbeat, now: Instant) -> Vec<u8> {
     let mut out = Vec::with_capacity(128);
-    heartbeat.encode(now, &mut out).expect("a heartbeat has a fixed size below its limit");
+    heartbeat
+        .encode_for(version, now, &mut out)
+        .expect("a heartbeat of every version has a fixed size below its limit");
     out
 }
 
-/// The [`Heartbeat`] in a datagram.
+/// The [`Heartbeat`] in a datagram between ends of this program.
 ///
 /// # Errors
 /// When it is anything else.
 pub fn decode_datagram(bytes: &[u8], now: Instant) -> Result<Heartbeat, FrameError> {
-    let frame = crate::frame::Decoder::only(Heartbeat::KINDS, bytes)?;
+    decode_datagram_of(Version::NEWEST, bytes, now)
+}
+
+/// The [`Heartbeat`] in a datagram of a version.
+///
+/// # Errors
+/// When it is anything else.
+pub fn decode_datagram_of(version: Version, bytes: &[u8], now: Instant) -> Result<Heartbeat, FrameError> {
+    let frame = crate::frame::Decoder::only(version, Heartbeat::KINDS, bytes)?;
     Heartbeat::decode(&frame, now)
 }

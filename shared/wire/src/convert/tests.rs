@@ -1,5 +1,5 @@
-//! What is said is what is heard; what is changed on the way is refused or harmless; the bytes of wire version 1
-//! stay what they are.
+//! What is said is what is heard; what is changed on the way is refused or harmless; the bytes of every
+//! wire version stay what they are.
 
 use std::collections::BTreeSet;
 use std::fmt::Debug;
@@ -197,7 +197,11 @@ impl Dice {
             hash: dice.hash(),
             numerics_id: dice.text(20),
         };
-        Hello { cluster: self.text(20), node: self.node(), incarnation: self.roll(), bases: self.some(3, base) }
+        let (cluster, node, incarnation) = (self.text(20), self.node(), self.roll());
+        // Derived, so that the dice fall as they did for version 1.
+        let wire = Spoken { oldest: (incarnation >> 32) as u16, newest: (incarnation >> 48) as u16 };
+        let has_authority = incarnation % 2 == 1;
+        Hello { cluster, node, incarnation, bases: self.some(3, base), wire, has_authority }
     }
 
     fn heartbeat(&mut self) -> Heartbeat {
@@ -261,38 +265,46 @@ impl Dice {
     }
 }
 
-fn encoded(message: &impl Message, now: Instant) -> Vec<u8> {
+fn encoded(version: Version, message: &impl Message, now: Instant) -> Vec<u8> {
     let mut out = Vec::new();
-    message.encode(now, &mut out).expect("within the limit");
+    message.encode_for(version, now, &mut out).expect("within the limit");
     out
 }
 
-/// Reads a frame as the message it should be and writes it again.
-type Again = fn(&[u8], Instant) -> Result<Vec<u8>, FrameError>;
+/// Reads a frame of a version as the message it should be and writes it again.
+type Again = fn(Version, &[u8], Instant) -> Result<Vec<u8>, FrameError>;
 
-fn again<M: Message>(bytes: &[u8], now: Instant) -> Result<Vec<u8>, FrameError> {
-    let frame = Decoder::only(M::KINDS, bytes)?;
-    Ok(encoded(&M::decode(&frame, now)?, now))
+fn again<M: Message>(version: Version, bytes: &[u8], now: Instant) -> Result<Vec<u8>, FrameError> {
+    let frame = Decoder::only(version, M::KINDS, bytes)?;
+    Ok(encoded(version, &M::decode(&frame, now)?, now))
 }
 
-/// A frame of every type and of every variant, drawn by `dice`.
-fn frames(dice: &mut Dice, now: Instant) -> Vec<(Vec<u8>, Again)> {
-    fn of<M: Message>(message: &M, now: Instant) -> (Vec<u8>, Again) {
-        (encoded(message, now), again::<M>)
+/// A frame of every type and of every variant that a version has, drawn by `dice`.
+fn frames(version: Version, dice: &mut Dice, now: Instant) -> Vec<(Vec<u8>, Again)> {
+    let mut all: Vec<(Vec<u8>, Again)> = Vec::new();
+    fn add<M: Message>(all: &mut Vec<(Vec<u8>, Again)>, version: Version, messages: &[M], now: Instant) {
+        all.extend(messages.iter().map(|message| (encoded(version, message, now), again::<M> as Again)));
     }
-    let mut all = vec![of(&dice.hello(), now), of(&dice.heartbeat(), now), of(&dice.start(now), now)];
-    all.extend(dice.answers().iter().map(|answer| of(answer, now)));
-    all.extend(dice.requests(now).iter().map(|request| of(request, now)));
-    all.extend(dice.responses(now).iter().map(|response| of(response, now)));
+    add(&mut all, version, &[dice.hello()], now);
+    add(&mut all, version, &[dice.heartbeat()], now);
+    add(&mut all, version, &[dice.start(now)], now);
+    add(&mut all, version, &dice.answers(), now);
+    add(&mut all, version, &dice.requests(now), now);
+    add(&mut all, version, &dice.responses(now), now);
+    if version >= Version::V2 {
+        add(&mut all, version, &[Opening::Renew], now);
+        add(&mut all, version, &[Renewal::Certificate(dice.text(99))], now);
+    }
     all
 }
 
 fn same<M: Message + Debug>(message: &M, now: Instant) {
-    let bytes = encoded(message, now);
-    let frame = Decoder::only(M::KINDS, &bytes).expect("our own frame");
+    let version = Version::NEWEST;
+    let bytes = encoded(version, message, now);
+    let frame = Decoder::only(version, M::KINDS, &bytes).expect("our own frame");
     let heard = M::decode(&frame, now).expect("our own message");
     assert_eq!(format!("{message:?}"), format!("{heard:?}"));
-    assert_eq!(encoded(&heard, now), bytes);
+    assert_eq!(encoded(version, &heard, now), bytes);
 }
 
 proptest! {
@@ -305,13 +317,16 @@ proptest! {
         dice.answers().iter().for_each(|answer| same(answer, now));
         dice.requests(now).iter().for_each(|request| same(request, now));
         dice.responses(now).iter().for_each(|response| same(response, now));
+        same(&Opening::Renew, now);
+        same(&Renewal::Certificate(dice.text(99)), now);
+        same(&Renewal::Refused(dice.error()), now);
     }
 
     #[test]
     fn frames_are_cut_out_of_a_stream_in_pieces_of_any_size(seed: u64, piece in 1_usize..400) {
         const STREAM: &[Kind] = KINDS;
         let (dice, now) = (&mut Dice(seed), SystemClock.now());
-        let frames = frames(dice, now);
+        let frames = frames(Version::NEWEST, dice, now);
         let stream: Vec<u8> = frames.iter().flat_map(|(bytes, _)| bytes.iter().copied()).collect();
         let mut decoder = Decoder::new(STREAM);
         let mut bodies = Vec::new();
@@ -328,47 +343,103 @@ proptest! {
     }
 }
 
-/// The bytes of wire version 1. A change here is a new wire version, unless the type is new.
+/// The bytes of every version. A change here is a new version, unless the type is new.
 #[test]
-fn the_bytes_of_version_1_stay_what_they_are() {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("testdata/v1");
+fn the_bytes_of_every_version_stay_what_they_are() {
     let now = SystemClock.now();
-    let mut covered = BTreeSet::new();
-    for (number, (bytes, again)) in frames(&mut Dice(1), now).into_iter().enumerate() {
-        let kind = Decoder::only(KINDS, &bytes).expect("our own frame").kind;
-        covered.insert(kind.id);
-        let path = folder.join(format!("{number:02}-{}.hex", kind.name));
-        let shown: String = bytes
-            .chunks(32)
-            .map(|line| line.iter().map(|byte| format!("{byte:02x}")).collect::<String>() + "\n")
-            .collect();
-        if std::env::var_os("UPDATE").is_some() && !path.exists() {
-            std::fs::write(&path, &shown).expect("testdata can be written");
+    for version in Version::ALL {
+        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("testdata/v{version}"));
+        let mut covered = BTreeSet::new();
+        for (number, (bytes, again)) in frames(version, &mut Dice(1), now).into_iter().enumerate() {
+            let kind = Decoder::only(version, KINDS, &bytes).expect("our own frame").kind;
+            covered.insert(kind.id);
+            let path = folder.join(format!("{number:02}-{}.hex", kind.name));
+            let shown: String = bytes
+                .chunks(32)
+                .map(|line| line.iter().map(|byte| format!("{byte:02x}")).collect::<String>() + "\n")
+                .collect();
+            if std::env::var_os("UPDATE").is_some() && !path.exists() {
+                std::fs::create_dir_all(&folder).expect("testdata can be written");
+                std::fs::write(&path, &shown).expect("testdata can be written");
+            }
+            let kept = std::fs::read_to_string(&path)
+                .unwrap_or_else(|error| panic!("{}: {error}; for a new type run with UPDATE=1", path.display()));
+            assert_eq!(kept, shown, "{} changed: that needs a new wire version", path.display());
+            let digits: Vec<u8> = kept.bytes().filter(u8::is_ascii_hexdigit).collect();
+            let stored: Vec<u8> = digits
+                .chunks(2)
+                .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).expect("ASCII"), 16).expect("two digits"))
+                .collect();
+            assert_eq!(again(version, &stored, now).expect("every version is read"), stored);
         }
-        let kept = std::fs::read_to_string(&path)
-            .unwrap_or_else(|error| panic!("{}: {error}; for a new type run with UPDATE=1", path.display()));
-        assert_eq!(kept, shown, "{} changed: that needs a new wire version", path.display());
-        let digits: Vec<u8> = kept.bytes().filter(u8::is_ascii_hexdigit).collect();
-        let stored: Vec<u8> = digits
-            .chunks(2)
-            .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).expect("ASCII"), 16).expect("two digits"))
-            .collect();
-        assert_eq!(again(&stored, now).expect("version 1 is read"), stored);
+        let expected: BTreeSet<u16> =
+            KINDS.iter().filter(|kind| kind.schema(version).is_some()).map(|kind| kind.id).collect();
+        assert_eq!(covered, expected, "every type has its bytes here");
     }
-    assert_eq!(covered, KINDS.iter().map(|kind| kind.id).collect(), "every type has its bytes here");
+}
+
+#[test]
+fn the_version_before_is_converted_and_misses_what_is_new() {
+    let now = SystemClock.now();
+    let hello = Dice(8).hello();
+    let old = encoded(Version::V1, &hello, now);
+    let frame = Decoder::only(Version::V1, Hello::KINDS, &old).expect("version 1");
+    let heard = Hello::decode(&frame, now).expect("a hello");
+    let expected = Hello { wire: Spoken { oldest: 1, newest: 1 }, has_authority: false, ..hello.clone() };
+    assert_eq!(heard, expected);
+    let new = encoded(Version::V2, &hello, now);
+    let heard = Hello::decode(&Decoder::only(Version::V2, Hello::KINDS, &new).expect("version 2"), now);
+    assert_eq!(heard.expect("a hello"), hello);
+    let mut out = Vec::new();
+    let missing = Opening::Renew.encode_for(Version::V1, now, &mut out).expect_err("version 1 has none");
+    assert_eq!((missing, out.len()), (FrameError::Missing { name: "Renew", version: Version::V1 }, 0));
+}
+
+/// On a connection of one version, frames of all others are refused by name, even where the layout is the same.
+#[test]
+fn frames_of_other_versions_and_schemas_are_refused_by_name() {
+    let now = SystemClock.now();
+    let mut n_refused = 0;
+    for agreed in Version::ALL {
+        let other = Version::ALL.into_iter().find(|other| *other != agreed).expect("there are two");
+        for (bytes, again) in frames(other, &mut Dice(9), now) {
+            let kind = Decoder::only(other, KINDS, &bytes).expect("our own frame").kind;
+            let refused = again(agreed, &bytes, now).expect_err("another version");
+            assert_eq!(refused, FrameError::Version { found: other.number(), agreed });
+            // The same, by somebody who got the number right and the layout wrong.
+            let mut forged = bytes.clone();
+            forged[4..6].copy_from_slice(&agreed.number().to_le_bytes());
+            let is_same = kind.schema(agreed) == kind.schema(other);
+            match again(agreed, &forged, now) {
+                Ok(_) => assert!(is_same, "{} was read as what it is not", kind.name),
+                Err(FrameError::Schema { name, .. }) => assert!(name == kind.name && !is_same),
+                Err(FrameError::Type { found }) => assert!(found == kind.id && kind.schema(agreed).is_none()),
+                Err(other) => panic!("{}: {other}", kind.name),
+            }
+            for number in [0, Version::OLDEST.number() - 1, Version::NEWEST.number() + 1, u16::MAX] {
+                forged[4..6].copy_from_slice(&number.to_le_bytes());
+                let refused = again(agreed, &forged, now).expect_err("no version of ours");
+                assert_eq!(refused, FrameError::Version { found: number, agreed });
+                n_refused += 1;
+            }
+        }
+    }
+    assert!(n_refused > 100, "{n_refused}");
 }
 
 #[test]
 fn another_header_is_refused_before_its_body_is_looked_at() {
     let now = SystemClock.now();
     let (mut refused, mut tried) = (0, 0);
-    for (bytes, again) in frames(&mut Dice(2), now) {
+    for (bytes, again) in frames(Version::NEWEST, &mut Dice(2), now) {
         for bit in 0..16 * 8 {
             let mut changed = bytes.clone();
             changed[bit / 8] ^= 1 << (bit % 8);
             tried += 1;
             // One bit of a type can name another type of the same message; then its schema is another.
-            refused += usize::from(again(&changed, now).is_err_and(|error| !matches!(error, FrameError::Body { .. })));
+            refused += usize::from(
+                again(Version::NEWEST, &changed, now).is_err_and(|error| !matches!(error, FrameError::Body { .. })),
+            );
         }
     }
     assert_eq!(refused, tried);
@@ -377,8 +448,8 @@ fn another_header_is_refused_before_its_body_is_looked_at() {
 #[test]
 fn lengths_are_refused_before_anything_is_reserved() {
     let now = SystemClock.now();
-    for (bytes, _) in frames(&mut Dice(3), now) {
-        let kind = Decoder::only(KINDS, &bytes).expect("our own frame").kind;
+    for (bytes, _) in frames(Version::NEWEST, &mut Dice(3), now) {
+        let kind = Decoder::only(Version::NEWEST, KINDS, &bytes).expect("our own frame").kind;
         for length in [kind.bytes_max + 1, u32::MAX] {
             let mut changed = bytes.clone();
             changed[16..20].copy_from_slice(&length.to_le_bytes());
@@ -387,57 +458,99 @@ fn lengths_are_refused_before_anything_is_reserved() {
         }
         let mut short = bytes.clone();
         short.pop();
-        assert_eq!(Decoder::only(KINDS, &short).expect_err("short"), FrameError::Truncated { missing: 1 });
+        assert_eq!(
+            Decoder::only(Version::NEWEST, KINDS, &short).expect_err("short"),
+            FrameError::Truncated { missing: 1 }
+        );
         let mut long = bytes;
         long.push(0);
-        assert_eq!(Decoder::only(KINDS, &long).expect_err("long"), FrameError::Trailing { n_bytes: 1 });
+        assert_eq!(
+            Decoder::only(Version::NEWEST, KINDS, &long).expect_err("long"),
+            FrameError::Trailing { n_bytes: 1 }
+        );
     }
-    let nothing = Decoder::only(KINDS, &[]).expect_err("empty");
+    let nothing = Decoder::only(Version::NEWEST, KINDS, &[]).expect_err("empty");
     assert_eq!(nothing, FrameError::Truncated { missing: HEADER_BYTES });
 }
 
-#[test]
-fn a_hundred_thousand_mutants_do_no_harm() {
-    let (dice, now) = (&mut Dice(4), SystemClock.now());
-    let frames = frames(dice, now);
-    let (mut refused, mut read) = (0_u32, 0_u32);
-    for _ in 0..100_000 {
-        let (bytes, again) = &frames[dice.below(frames.len())];
-        let mut mutant = bytes.clone();
-        let body = HEADER_BYTES..mutant.len();
-        for _ in 0..1 + dice.below(4) {
-            let at = body.start + dice.below(body.len());
-            match dice.below(5) {
-                0 => mutant[at] ^= 1 << dice.below(8),
-                1 => mutant[at] = [0, 1, 0x7f, 0x80, 0xff][dice.below(5)],
-                2 => {
-                    let from = body.start + dice.below(body.len());
-                    let n_bytes = (1 + dice.below(16)).min(mutant.len() - at.max(from));
-                    mutant.copy_within(from..from + n_bytes, at);
-                }
-                3 => {
-                    let other = &frames[dice.below(frames.len())].0[HEADER_BYTES..];
-                    let n_bytes = other.len().min(mutant.len() - at);
-                    mutant[at..at + n_bytes].copy_from_slice(&other[..n_bytes]);
-                }
-                _ => {
-                    let number = dice.word().to_le_bytes();
-                    let n_bytes = number.len().min(mutant.len() - at);
-                    mutant[at..at + n_bytes].copy_from_slice(&number[..n_bytes]);
-                }
+/// Changes some bytes of a frame: bits, odd values, runs copied from elsewhere or from another frame, numbers; the header,
+/// too, once in 16 times; the length of the body, once in 8 times.
+fn mutate(dice: &mut Dice, frame: &[u8], other: &[u8]) -> Vec<u8> {
+    let mut mutant = frame.to_vec();
+    let first = if dice.below(16) == 0 { 0 } else { HEADER_BYTES };
+    for _ in 0..1 + dice.below(4) {
+        let at = first + dice.below(mutant.len() - first);
+        match dice.below(5) {
+            0 => mutant[at] ^= 1 << dice.below(8),
+            1 => mutant[at] = [0, 1, 0x7f, 0x80, 0xff][dice.below(5)],
+            2 => {
+                let from = first + dice.below(mutant.len() - first);
+                let n_bytes = (1 + dice.below(16)).min(mutant.len() - at.max(from));
+                mutant.copy_within(from..from + n_bytes, at);
+            }
+            3 => {
+                let n_bytes = (other.len() - HEADER_BYTES).min(mutant.len() - at);
+                mutant[at..at + n_bytes].copy_from_slice(&other[HEADER_BYTES..HEADER_BYTES + n_bytes]);
+            }
+            _ => {
+                let number = dice.word().to_le_bytes();
+                let n_bytes = number.len().min(mutant.len() - at);
+                mutant[at..at + n_bytes].copy_from_slice(&number[..n_bytes]);
             }
         }
-        if dice.below(8) == 0 {
-            mutant.truncate(body.start + dice.below(body.len()));
-            let length = u32::try_from(mutant.len() - HEADER_BYTES).expect("short");
-            mutant[16..20].copy_from_slice(&length.to_le_bytes());
-        }
-        match again(&mutant, now) {
-            Ok(_) => read += 1,
-            Err(_) => refused += 1,
-        }
     }
-    assert!(refused > 10_000 && read > 10_000, "{refused} refused, {read} read: the mutants reach both");
+    if dice.below(8) == 0 {
+        mutant.truncate(HEADER_BYTES + dice.below(mutant.len() - HEADER_BYTES));
+        let length = u32::try_from(mutant.len() - HEADER_BYTES).expect("short");
+        mutant[16..20].copy_from_slice(&length.to_le_bytes());
+    }
+    mutant
+}
+
+/// Feeds `n` mutants of frames of all versions, which begin at any byte of a buffer. Returns how many were refused for
+/// their header, refused for their body, and read.
+fn feed_mutants(seed: u64, n: usize) -> [usize; 3] {
+    let (dice, now) = (&mut Dice(seed), SystemClock.now());
+    let frames: Vec<(Version, Vec<u8>, Again)> = Version::ALL
+        .into_iter()
+        .flat_map(|version| {
+            let drawn = frames(version, dice, now);
+            drawn.into_iter().map(move |(bytes, again)| (version, bytes, again))
+        })
+        .collect();
+    let mut counts = [0; 3];
+    for _ in 0..n {
+        let (version, bytes, again) = &frames[dice.below(frames.len())];
+        let (_, other, _) = &frames[dice.below(frames.len())];
+        let mutant = mutate(dice, bytes, other);
+        let offset = dice.below(16);
+        let buffer = [&[0; 16][..offset], &mutant].concat();
+        counts[match again(*version, &buffer[offset..], now) {
+            Ok(_) => 2,
+            Err(FrameError::Body { .. }) => 1,
+            Err(_) => 0,
+        }] += 1;
+    }
+    counts
+}
+
+/// A million of them, and thirty with `TENANTRY_LONG=1`; a panic in any fails the test.
+#[test]
+fn a_million_mutants_do_no_harm() {
+    let rounds = if std::env::var_os("TENANTRY_LONG").is_some() { 30 } else { 1 };
+    for round in 0..rounds {
+        let counts = std::thread::scope(|scope| {
+            let threads: Vec<_> =
+                (0..2).map(|half| scope.spawn(move || feed_mutants(4 + 2 * round + half, 500_000))).collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().expect("no panic"))
+                .fold([0; 3], |sum: [usize; 3], counts| std::array::from_fn(|at| sum[at] + counts[at]))
+        });
+        println!("refused for the header {}, for the body {}, read {}", counts[0], counts[1], counts[2]);
+        assert_eq!(counts.iter().sum::<usize>(), 1_000_000);
+        assert!(counts.iter().all(|count| *count > 10_000), "the mutants reach all: {counts:?}");
+    }
 }
 
 #[test]
@@ -449,8 +562,8 @@ fn requests_that_make_no_sense_are_refused() {
         let mut generation = (*start.envelope.generation).clone();
         change(&mut start, &mut generation);
         start.envelope.generation = Arc::new(generation);
-        let bytes = encoded(&start, now);
-        match again::<Start>(&bytes, now) {
+        let bytes = encoded(Version::NEWEST, &start, now);
+        match again::<Start>(Version::NEWEST, &bytes, now) {
             Err(FrameError::Body { reason, .. }) => assert!(reason.contains(what), "{what}: {reason}"),
             other => panic!("{what}: {other:?}"),
         }
@@ -481,8 +594,8 @@ fn requests_that_make_no_sense_are_refused() {
 fn an_error_with_a_long_text_is_told_shortened() {
     let now = SystemClock.now();
     let error = RequestError::new(ErrorKind::Invalid, "invalid_value", "ß".repeat(100_000));
-    let bytes = encoded(&Answer::Refused(error), now);
-    let frame = Decoder::only(Answer::KINDS, &bytes).expect("our own frame");
+    let bytes = encoded(Version::NEWEST, &Answer::Refused(error), now);
+    let frame = Decoder::only(Version::NEWEST, Answer::KINDS, &bytes).expect("our own frame");
     let Ok(Answer::Refused(heard)) = Answer::decode(&frame, now) else { panic!("a refusal") };
     assert_eq!((heard.code, heard.message.len()), ("invalid_value", 4096));
 }
