@@ -24,7 +24,7 @@ use zeroize::Zeroizing;
 
 use crate::endpoint;
 use crate::pki::{Admission, CLUSTER_KEY, NodeKey, PkiError, Token, certificate, node_name};
-use crate::stream::{StreamError, code, why};
+use crate::stream::{NO_PROTOCOL, StreamError, alert, code, why};
 use crate::tls;
 
 pub(crate) use door::Door;
@@ -117,7 +117,7 @@ pub async fn join(
     let key = NodeKey::load_or_create(data)?.public();
     let holds = held.map(|key| key.fingerprint().0);
     let ask = Ask { node: node.clone(), secret: token.secret, key, holds };
-    let mut client = ClientConfig::new(Arc::new(tls::joining(token.authority)?));
+    let mut client = ClientConfig::new(Arc::new(tls::joining(token.authority, now)?));
     client.transport_config(endpoint::dialling());
     let mut tried = Vec::new();
     for (host, address) in hosts.iter().filter(|(host, _)| host != node) {
@@ -183,17 +183,10 @@ async fn ask_at(
 
 /// What a node that cannot be asked says, in words for people.
 fn in_words(error: &ConnectionError) -> String {
-    /// TLS alerts as QUIC reports them (RFC 9001, section 4.8).
-    const ALERT: u64 = 0x100;
-    let code = match error {
-        ConnectionError::TransportError(error) => u64::from(error.code),
-        ConnectionError::ConnectionClosed(close) => u64::from(close.error_code),
-        ConnectionError::TimedOut => return "does not answer".to_owned(),
-        _ => return error.to_string(),
-    };
-    match code.checked_sub(ALERT) {
-        Some(120) => "does not have the authority".to_owned(),
-        Some(48) => "belongs to another authority than the invitation".to_owned(),
+    match (error, alert(error)) {
+        (ConnectionError::TimedOut, _) => "does not answer".to_owned(),
+        (_, Some(NO_PROTOCOL)) => "does not have the authority".to_owned(),
+        (_, Some(48)) => "belongs to another authority than the invitation".to_owned(),
         _ => error.to_string(),
     }
 }

@@ -11,10 +11,12 @@
 #![forbid(unsafe_code)]
 
 pub mod pki;
+mod badge;
 mod tls;
 pub mod endpoint;
 mod stream;
 pub mod net;
+mod renew;
 pub mod serve;
 pub mod join;
 pub mod refusal;

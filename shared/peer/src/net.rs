@@ -20,12 +20,15 @@ use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use wire::frame::FrameError;
 use wire::node::{Answer, Hello, Message, Request, Response, Start};
+use wire::{Spoken, Version};
 
+use crate::badge::Badge;
 use crate::endpoint::{self, EndpointParts};
 use crate::join::Door;
 use crate::pki::{Authority, Identity, node_name};
 use crate::refusal::Refusals;
-use crate::stream::{Frames, StreamError, code, why};
+use crate::renew::Renewer;
+use crate::stream::{Frames, NO_PROTOCOL, StreamError, alert, code, protocol, why};
 use crate::tls;
 
 /// A dial that takes longer has met nobody; connections idle out after a second anyway.
@@ -110,7 +113,7 @@ pub enum OpenError {
 #[derive(Clone)]
 enum Link {
     Down { why: Arc<str> },
-    Up { connection: Connection, hello: Arc<Hello> },
+    Up { connection: Connection, version: Version, hello: Arc<Hello> },
 }
 
 struct Peer {
@@ -126,6 +129,7 @@ pub(crate) struct Inner {
     /// Where nodes join, if they do here.
     pub(crate) door: Option<Door>,
     peers: BTreeMap<NodeId, Peer>,
+    renewer: JoinHandle<()>,
 }
 
 /// The other nodes of the cluster. Cheap to clone; when the last clone is gone, so are the connections.
@@ -140,10 +144,12 @@ impl PeerNet {
     /// # Errors
     /// When certificates or socket cannot be used. Peers that are away are no error.
     pub fn new(identity: &Identity, config: PeerNetConfig, parts: EndpointParts) -> Result<Self, OpenError> {
-        let endpoint = endpoint::open(identity, tls::server(identity, config.authority.is_some())?, parts)?;
-        let mut client = ClientConfig::new(Arc::new(tls::client(identity)?));
+        let (badge, may_join) = (Arc::new(Badge::new(identity)?), config.authority.is_some());
+        let server = tls::server(identity, badge.clone(), config.clock.clone(), may_join)?;
+        let endpoint = endpoint::open(identity, server, parts)?;
+        let mut client = ClientConfig::new(Arc::new(tls::client(identity, badge.clone(), config.clock.clone())?));
         client.transport_config(endpoint::dialling());
-        let hello = Arc::new(config.hello);
+        let hello = Arc::new(Hello { has_authority: may_join, ..config.hello });
         let peers = config.peers.into_iter().filter(|(node, _)| *node != identity.node).map(|(node, address)| {
             let (publish, link) = watch::channel(Link::Down { why: "not dialled yet".into() });
             let dialler = Dialler {
@@ -157,15 +163,17 @@ impl PeerNet {
             };
             (node, Peer { link, dialler: tokio::spawn(dialler.run()) })
         });
-        let inner = Inner {
-            peers: peers.collect(),
+        let peers = peers.collect();
+        let (ca, data) = (identity.ca.clone(), identity.data.clone());
+        Ok(Self(Arc::new_cyclic(|net| Inner {
+            renewer: tokio::spawn(Renewer { net: net.clone(), badge, ca, data }.run()),
+            peers,
             hello,
             endpoint,
             clock: config.clock,
             refusals: Refusals::default(),
             door: config.authority.map(Door::new),
-        };
-        Ok(Self(Arc::new(inner)))
+        })))
     }
 
     /// Whether a peer can be asked right now.
@@ -210,10 +218,10 @@ impl PeerNet {
         self.0.endpoint.wait_idle().await;
     }
 
-    fn connection(&self, to: &NodeId) -> Result<Connection, PeerError> {
+    fn connection(&self, to: &NodeId) -> Result<(Connection, Version), PeerError> {
         let peer = self.0.peers.get(to).ok_or_else(|| PeerError::Unknown { node: to.clone() })?;
         match &*peer.link.borrow() {
-            Link::Up { connection, .. } => Ok(connection.clone()),
+            Link::Up { connection, version, .. } => Ok((connection.clone(), *version)),
             Link::Down { why } => Err(PeerError::NotConnected { node: to.clone(), why: why.clone() }),
         }
     }
@@ -223,12 +231,22 @@ impl PeerNet {
     /// # Errors
     /// See [`PeerError`]; [`PeerError::Unknown`] and [`PeerError::NotConnected`] mean that it was not asked.
     pub async fn call(&self, to: &NodeId, request: &Request, within: Duration) -> Result<Response, PeerError> {
-        let connection = self.connection(to)?;
-        let frame = self.frame(to, request)?;
+        self.ask(to, request, within).await
+    }
+
+    /// As [`Self::call`], for any message.
+    pub(crate) async fn ask<A: Message>(
+        &self,
+        to: &NodeId,
+        question: &impl Message,
+        within: Duration,
+    ) -> Result<A, PeerError> {
+        let (connection, version) = self.connection(to)?;
+        let frame = self.frame(to, version, question)?;
         let answer = async {
             let receive = open_with(&connection, &frame, CALL_PRIORITY).await?;
-            let frame = Frames::new(receive, Response::KINDS).only().await?;
-            Ok(Response::decode(&frame, self.0.clock.now())?)
+            let frame = Frames::new(version, receive, A::KINDS).only().await?;
+            Ok(A::decode(&frame, self.0.clock.now())?)
         };
         in_time(to, within, answer).await
     }
@@ -238,23 +256,31 @@ impl PeerNet {
     /// # Errors
     /// See [`PeerError`]; `within` is for handing over, not for the work.
     pub async fn start(&self, to: &NodeId, start: &Start, within: Duration) -> Result<Exchange, PeerError> {
-        let connection = self.connection(to)?;
-        let frame = self.frame(to, start)?;
-        let open = async { Ok(Frames::new(open_with(&connection, &frame, WORK_PRIORITY).await?, Answer::KINDS)) };
+        let (connection, version) = self.connection(to)?;
+        let frame = self.frame(to, version, start)?;
+        let open = async {
+            let receive = open_with(&connection, &frame, WORK_PRIORITY).await?;
+            Ok(Frames::new(version, receive, Answer::KINDS))
+        };
         let frames = in_time(to, within, open).await?;
         Ok(Exchange { frames, node: to.clone(), clock: self.0.clock.clone(), is_over: false })
     }
 
     /// Sends a heartbeat; lost ones are not repeated. False when it could not even be sent.
     pub fn datagram(&self, to: &NodeId, heartbeat: &Heartbeat) -> bool {
-        let Ok(connection) = self.connection(to) else { return false };
-        let bytes = wire::node::encode_datagram(heartbeat, self.0.clock.now());
+        let Ok((connection, version)) = self.connection(to) else { return false };
+        let bytes = wire::node::encode_datagram_for(version, heartbeat, self.0.clock.now());
         connection.send_datagram(Bytes::from(bytes)).is_ok()
     }
 
-    fn frame(&self, to: &NodeId, message: &impl Message) -> Result<Vec<u8>, PeerError> {
+    /// The wire version agreed on with a connected peer.
+    pub fn version_of(&self, node: &NodeId) -> Option<Version> {
+        self.connection(node).ok().map(|(_, version)| version)
+    }
+
+    fn frame(&self, to: &NodeId, version: Version, message: &impl Message) -> Result<Vec<u8>, PeerError> {
         let mut frame = Vec::new();
-        let encoded = message.encode(self.0.clock.now(), &mut frame);
+        let encoded = message.encode_for(version, self.0.clock.now(), &mut frame);
         encoded.map_err(|error| PeerError::Frame { node: to.clone(), error })?;
         Ok(frame)
     }
@@ -303,7 +329,13 @@ impl Inner {
         self.peers.keys().find(|node| tls::names(certificate, node))
     }
 
+    /// The names of the others.
+    pub(crate) fn peers(&self) -> impl Iterator<Item = &NodeId> {
+        self.peers.keys()
+    }
+
     fn stop_dialling(&self) {
+        self.renewer.abort();
         for peer in self.peers.values() {
             peer.dialler.abort();
         }
@@ -374,10 +406,10 @@ impl Dialler {
         let mut n_failures = 0_u32;
         loop {
             match timeout(DIAL_WAIT_MAX, self.dial()).await.unwrap_or_else(|_| Err("no answer in time".into())) {
-                Ok((connection, hello)) => {
-                    tracing::info!(peer = %self.node, address = %self.address, "connected to a peer");
+                Ok((connection, version, hello)) => {
+                    tracing::info!(peer = %self.node, address = %self.address, %version, "connected to a peer");
                     n_failures = 0;
-                    self.publish.send_replace(Link::Up { connection: connection.clone(), hello });
+                    self.publish.send_replace(Link::Up { connection: connection.clone(), version, hello });
                     let reason = connection.closed().await;
                     tracing::warn!(peer = %self.node, %reason, "lost a peer");
                     self.publish.send_replace(Link::Down { why: reason.to_string().into() });
@@ -394,20 +426,26 @@ impl Dialler {
         }
     }
 
-    async fn dial(&self) -> Result<(Connection, Arc<Hello>), String> {
+    async fn dial(&self) -> Result<(Connection, Version, Arc<Hello>), String> {
         let connecting = self
             .endpoint
             .connect_with(self.client.clone(), self.address, &node_name(&self.node))
             .map_err(|error| error.to_string())?;
-        let connection = connecting.await.map_err(|error| error.to_string())?;
-        let hello = self.greet(&connection).await.map_err(|error| match error {
+        let connection = connecting.await.map_err(|error| match alert(&error) {
+            Some(NO_PROTOCOL) => {
+                format!("it speaks none of wire versions {}; hint: upgrade by one release at a time", Spoken::OURS)
+            }
+            _ => error.to_string(),
+        })?;
+        let version = Version::of_alpn(&protocol(&connection)).ok_or("TLS agreed on no protocol of ours")?;
+        let hello = self.greet(&connection, version).await.map_err(|error| match error {
             // The reason why a connection was closed says more than that its stream ended.
             StreamError::Connection(_) => why(&connection),
             other => other.to_string(),
         });
         let expected = |hello: &Hello| hello.node == self.node && hello.cluster == self.hello.cluster;
         match hello {
-            Ok(hello) if expected(&hello) => Ok((connection, Arc::new(hello))),
+            Ok(hello) if expected(&hello) => Ok((connection, version, Arc::new(hello))),
             Ok(hello) => {
                 connection.close(code::REFUSED, b"another node or cluster");
                 Err(format!("it says that it is node {} of cluster {:?}", hello.node, hello.cluster))
@@ -419,11 +457,11 @@ impl Dialler {
         }
     }
 
-    async fn greet(&self, connection: &Connection) -> Result<Hello, StreamError> {
+    async fn greet(&self, connection: &Connection, version: Version) -> Result<Hello, StreamError> {
         let mut frame = Vec::new();
-        self.hello.encode(self.clock.now(), &mut frame)?;
+        self.hello.encode_for(version, self.clock.now(), &mut frame)?;
         let receive = open_with(connection, &frame, CALL_PRIORITY).await?;
-        let frame = Frames::new(receive, Hello::KINDS).only().await?;
+        let frame = Frames::new(version, receive, Hello::KINDS).only().await?;
         Ok(Hello::decode(&frame, self.clock.now())?)
     }
 }

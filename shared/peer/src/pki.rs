@@ -29,8 +29,9 @@ use zeroize::Zeroizing;
 pub use authority::{Admission, Authority};
 pub use invite::Token;
 
-/// How long a node's certificate is good for: a year, since renewing it takes a person with the authority's key.
-pub const NODE_VALIDITY: Duration = Duration::from_secs(366 * 24 * 3600);
+/// How long a node's certificate is good for. It is renewed when a third is left, so the machine with the authority may
+/// be away for a month.
+pub const NODE_VALIDITY: Duration = Duration::from_secs(90 * 24 * 3600);
 /// How long the authority itself is good for.
 const CA_VALIDITY: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
 /// Clocks of nodes may differ by this much.
@@ -223,6 +224,8 @@ impl NodeKey {
 pub struct Identity {
     /// Who this is.
     pub node: NodeId,
+    /// Where it lies.
+    pub(crate) data: PathBuf,
     pub(crate) certificate: CertificateDer<'static>,
     pub(crate) key: PrivatePkcs8KeyDer<'static>,
     pub(crate) ca: CertificateDer<'static>,
@@ -238,6 +241,11 @@ impl Identity {
     /// When the operating system refuses.
     pub fn store(data: &Path, certificate_pem: &str, ca_pem: &str) -> Result<(), PkiError> {
         write_private(&data.join("ca.pem"), ca_pem)?;
+        Self::store_certificate(data, certificate_pem)
+    }
+
+    /// Puts another certificate of the same authority in its place.
+    pub(crate) fn store_certificate(data: &Path, certificate_pem: &str) -> Result<(), PkiError> {
         write_private(&data.join("peer.pem"), certificate_pem)
     }
 
@@ -260,6 +268,7 @@ impl Identity {
         };
         Ok(Self {
             node,
+            data: data.to_owned(),
             certificate: certificate("peer.pem")?,
             key: PrivatePkcs8KeyDer::from(key.0.serialize_der()),
             ca: certificate("ca.pem")?,
@@ -269,11 +278,6 @@ impl Identity {
     /// A secret that survives restarts and that only this node has, for one purpose.
     pub(crate) fn secret(&self, purpose: &str) -> [u8; 32] {
         blake3::derive_key(purpose, self.key.secret_pkcs8_der())
-    }
-
-    /// What is shown: the certificate, and the authority's for those who know it by fingerprint only.
-    pub(crate) fn chain(&self) -> Vec<CertificateDer<'static>> {
-        vec![self.certificate.clone(), self.ca.clone()]
     }
 
     pub(crate) fn private_key(&self) -> PrivateKeyDer<'static> {

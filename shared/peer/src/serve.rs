@@ -5,20 +5,24 @@
 //! ([`PeerService`]).
 
 use std::future::Future;
-use std::sync::Arc;
+use std::net::SocketAddr;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use quinn::{Connection, ConnectionError, Incoming, RecvStream, SendStream};
 use rustls::pki_types::CertificateDer;
 use shared::clock::Clock;
 use shared::cluster::Heartbeat;
+use shared::error::{ErrorKind, RequestError};
 use shared::id::NodeId;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
-use wire::node::{Answer, Hello, Message, Opening, Request, Response, Start};
+use wire::Version;
+use wire::frame::FrameError;
+use wire::node::{Answer, Hello, Message, Opening, Renewal, Request, Response, Start};
 
 use crate::endpoint;
-use crate::net::PeerNet;
+use crate::net::{Inner, PeerNet};
 use crate::refusal::Refusal;
 use crate::stream::{self, Frames, StreamError, code};
 
@@ -87,10 +91,14 @@ async fn admit<S: PeerService>(net: PeerNet, service: Arc<S>, incoming: Incoming
         // Whoever it was did not go on.
         Err(_) => return,
     };
-    if let (Some(door), true) = (&net.0.door, stream::protocol(&connection) == wire::JOIN_ALPN) {
-        return door.attend(&connection, &*net.0.clock, &net.0.refusals).await;
-    }
-    let from = match identify(&net, &connection).await {
+    let protocol = stream::protocol(&connection);
+    let version = match (Version::of_alpn(&protocol), &net.0.door) {
+        (Some(version), _) => version,
+        (None, Some(door)) => return door.attend(&connection, &*net.0.clock, &net.0.refusals).await,
+        // TLS agrees on nothing else.
+        (None, None) => return,
+    };
+    let from = match identify(&net, &connection, version).await {
         Ok((from, hello)) => {
             service.hello(&from, &hello);
             from
@@ -103,44 +111,44 @@ async fn admit<S: PeerService>(net: PeerNet, service: Arc<S>, incoming: Incoming
     };
     drop(handshake);
     let clock = net.0.clock.clone();
-    let protocol_error = {
-        let weak = Arc::downgrade(&net.0);
-        move |error: &StreamError| {
-            if let Some(inner) = weak.upgrade() {
-                inner.refusals.note(Refusal::Protocol, &address, error);
-            }
-        }
-    };
+    let peer = Peer { net: Arc::downgrade(&net.0), service, connection, from, version, address, clock };
     drop(net);
-    attend(service, connection, from, clock, protocol_error).await;
+    Arc::new(peer).attend().await;
 }
 
 /// What TLS refused; `None` for a peer that just went away.
 fn refused_by_tls(error: &ConnectionError) -> Option<Refusal> {
-    /// TLS alerts as QUIC reports them (RFC 9001, section 4.8).
-    const ALERT: u64 = 0x100;
-    let ConnectionError::TransportError(error) = error else { return None };
-    match u64::from(error.code).checked_sub(ALERT)? {
-        45 => Some(Refusal::Expired),
-        48 => Some(Refusal::WrongAuthority),
-        116 => Some(Refusal::NoCertificate),
-        120 => Some(Refusal::Protocol),
-        0..256 => Some(Refusal::Handshake),
-        _ => None,
+    if !matches!(error, ConnectionError::TransportError(_)) {
+        return None;
     }
+    Some(match stream::alert(error)? {
+        45 => Refusal::Expired,
+        48 => Refusal::WrongAuthority,
+        116 => Refusal::NoCertificate,
+        stream::NO_PROTOCOL => Refusal::Protocol,
+        _ => Refusal::Handshake,
+    })
+}
+
+/// The certificate that a peer has shown to TLS.
+fn shown(connection: &Connection) -> Option<CertificateDer<'static>> {
+    let shown = connection.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
+    shown.into_iter().next()
 }
 
 /// Who this is: first by certificate, then by hello, which must agree.
-async fn identify(net: &PeerNet, connection: &Connection) -> Result<(NodeId, Hello), (Refusal, String)> {
-    let shown = connection.peer_identity().and_then(|shown| shown.downcast::<Vec<CertificateDer<'static>>>().ok());
-    let certificate = shown.as_ref().and_then(|chain| chain.first());
+async fn identify(
+    net: &PeerNet,
+    connection: &Connection,
+    version: Version,
+) -> Result<(NodeId, Hello), (Refusal, String)> {
     // Where nodes may join, TLS lets pass who shows none.
-    let certificate = certificate.ok_or((Refusal::NoCertificate, "without one it may only join".to_owned()))?;
-    let named = net.0.named_by(certificate);
+    let certificate = shown(connection).ok_or((Refusal::NoCertificate, "without one it may only join".to_owned()))?;
+    let named = net.0.named_by(&certificate);
     let from = named.ok_or((Refusal::NotANode, "the certificate names no other node of this cluster".to_owned()))?;
     let greeting = async {
         let (send, receive) = connection.accept_bi().await?;
-        let frame = Frames::new(receive, Hello::KINDS).only().await?;
+        let frame = Frames::new(version, receive, Hello::KINDS).only().await?;
         Ok::<_, StreamError>((send, Hello::decode(&frame, net.0.clock.now())?))
     };
     let greeting = timeout(HELLO_WAIT_MAX, greeting).await;
@@ -154,7 +162,7 @@ async fn identify(net: &PeerNet, connection: &Connection) -> Result<(NodeId, Hel
     }
     endpoint::welcome(connection);
     let mut frame = Vec::new();
-    let ours = net.0.hello.encode(net.0.clock.now(), &mut frame);
+    let ours = net.0.hello.encode_for(version, net.0.clock.now(), &mut frame);
     ours.map_err(|error| (Refusal::Protocol, format!("our own hello: {error}")))?;
     // A peer that does not wait for our hello has gone; its connection says so next.
     let _ = send.write_all(&frame).await;
@@ -162,70 +170,94 @@ async fn identify(net: &PeerNet, connection: &Connection) -> Result<(NodeId, Hel
     Ok((from.clone(), hello))
 }
 
-/// Serves one peer until its connection ends.
-async fn attend<S: PeerService>(
+/// A peer that is in, on one connection.
+struct Peer<S> {
+    net: Weak<Inner>,
     service: Arc<S>,
     connection: Connection,
     from: NodeId,
+    version: Version,
+    address: SocketAddr,
     clock: Arc<dyn Clock>,
-    protocol_error: impl Fn(&StreamError) + Clone + Send + 'static,
-) {
-    loop {
-        tokio::select! {
-            stream = connection.accept_bi() => {
-                let Ok((send, receive)) = stream else { return };
-                let (service, connection) = (service.clone(), connection.clone());
-                let (from, clock, protocol_error) = (from.clone(), clock.clone(), protocol_error.clone());
-                tokio::spawn(async move {
-                    let answered = answer(service, from, clock, send, receive).await;
-                    if let Err(error @ StreamError::Frame(_)) = answered {
-                        // Where one stream makes no sense, none is to be trusted.
-                        protocol_error(&error);
-                        connection.close(code::PROTOCOL, b"frames make no sense");
-                    }
-                });
-            }
-            datagram = connection.read_datagram() => {
-                let Ok(bytes) = datagram else { return };
-                match wire::node::decode_datagram(&bytes, clock.now()) {
-                    Ok(heartbeat) => service.heartbeat(&from, heartbeat),
-                    Err(error) => {
-                        protocol_error(&error.into());
-                        connection.close(code::PROTOCOL, b"datagrams make no sense");
-                        return;
+}
+
+// === impl Peer ===
+
+impl<S: PeerService> Peer<S> {
+    /// Serves it until its connection ends.
+    async fn attend(self: Arc<Self>) {
+        loop {
+            tokio::select! {
+                stream = self.connection.accept_bi() => {
+                    let Ok((send, receive)) = stream else { return };
+                    let peer = self.clone();
+                    tokio::spawn(async move {
+                        if let Err(error @ StreamError::Frame(_)) = peer.answer(send, receive).await {
+                            // Where one stream makes no sense, none is to be trusted.
+                            peer.dismiss(&error, b"frames make no sense");
+                        }
+                    });
+                }
+                datagram = self.connection.read_datagram() => {
+                    let Ok(bytes) = datagram else { return };
+                    match wire::node::decode_datagram_of(self.version, &bytes, self.clock.now()) {
+                        Ok(heartbeat) => self.service.heartbeat(&self.from, heartbeat),
+                        Err(error) => return self.dismiss(&error.into(), b"datagrams make no sense"),
                     }
                 }
             }
         }
     }
-}
 
-/// One exchange.
-async fn answer<S: PeerService>(
-    service: Arc<S>,
-    from: NodeId,
-    clock: Arc<dyn Clock>,
-    send: SendStream,
-    receive: RecvStream,
-) -> Result<(), StreamError> {
-    let mut frames = Frames::new(receive, Opening::KINDS);
-    let mut events = EventSink { send, clock: clock.clone(), frame: Vec::new(), is_finished: false };
-    let Ok(frame) = timeout(MESSAGE_WAIT_MAX, frames.only()).await else { return Ok(()) };
-    match Opening::decode(&frame?, clock.now())? {
-        Opening::Start(start) => service.start(from, *start, events).await,
-        Opening::Request(request) => {
-            let response = tokio::select! {
-                response = service.call(from, request) => response,
-                () = events.gone() => return Ok(()),
-            };
-            events.frame.clear();
-            response.encode(clock.now(), &mut events.frame)?;
-            if events.write().await.is_ok() {
-                events.finish();
+    fn dismiss(&self, error: &StreamError, why: &[u8]) {
+        // Many streams may fail together; the first one says it.
+        if self.connection.close_reason().is_none() {
+            if let Some(inner) = self.net.upgrade() {
+                inner.refusals.note(Refusal::Protocol, &self.address, error);
+            }
+            self.connection.close(code::PROTOCOL, why);
+        }
+    }
+
+    /// One exchange.
+    async fn answer(&self, send: SendStream, receive: RecvStream) -> Result<(), StreamError> {
+        let (version, clock) = (self.version, self.clock.clone());
+        let mut frames = Frames::new(version, receive, Opening::KINDS);
+        let events = EventSink { send, version, clock, frame: Vec::new(), is_finished: false };
+        let Ok(frame) = timeout(MESSAGE_WAIT_MAX, frames.only()).await else { return Ok(()) };
+        match Opening::decode(&frame?, self.clock.now())? {
+            Opening::Start(start) => self.service.start(self.from.clone(), *start, events).await,
+            Opening::Request(request) => {
+                let response = tokio::select! {
+                    response = self.service.call(self.from.clone(), request) => response,
+                    () = events.gone() => return Ok(()),
+                };
+                events.only(&response).await?;
+            }
+            Opening::Renew => events.only(&self.renew().await).await?,
+        }
+        Ok(())
+    }
+
+    /// A new certificate for the one it has shown, where the authority is.
+    async fn renew(&self) -> Renewal {
+        let refused = |what: String| Renewal::Refused(RequestError::new(ErrorKind::Unavailable, "unavailable", what));
+        let net = self.net.upgrade();
+        let Some((net, door)) = net.as_ref().and_then(|net| Some((net, net.door.as_ref()?))) else {
+            return refused("the authority is on another machine".to_owned());
+        };
+        let Some(shown) = shown(&self.connection) else { return refused("no certificate was shown".to_owned()) };
+        match door.renew(self.from.clone(), shown, net.clock.wall()).await {
+            Ok(certificate) => {
+                tracing::info!(target: "audit", node = %self.from, from = %self.address, "renewed a certificate");
+                Renewal::Certificate(certificate)
+            }
+            Err(error) => {
+                tracing::error!(%error, node = %self.from, "cannot renew a certificate");
+                refused("the authority could not; its log says why".to_owned())
             }
         }
     }
-    Ok(())
 }
 
 /// The receiver is gone or waits no longer: what is being done for it can stop.
@@ -237,6 +269,7 @@ pub struct Gone;
 /// will not come.
 pub struct EventSink {
     send: SendStream,
+    version: Version,
     clock: Arc<dyn Clock>,
     frame: Vec<u8>,
     is_finished: bool,
@@ -253,12 +286,22 @@ impl EventSink {
         self.frame.clear();
         let now = self.clock.now();
         for answer in answers {
-            answer.encode(now, &mut self.frame).map_err(|error| {
+            answer.encode_for(self.version, now, &mut self.frame).map_err(|error| {
                 tracing::error!(%error, "an answer is too large to send");
                 Gone
             })?;
         }
         self.write().await
+    }
+
+    /// Sends the one answer to a call.
+    async fn only(mut self, answer: &impl Message) -> Result<(), FrameError> {
+        self.frame.clear();
+        answer.encode_for(self.version, self.clock.now(), &mut self.frame)?;
+        if self.write().await.is_ok() {
+            self.finish();
+        }
+        Ok(())
     }
 
     async fn write(&mut self) -> Result<(), Gone> {

@@ -3,6 +3,7 @@
 use bytes::{Buf, Bytes};
 use quinn::crypto::rustls::HandshakeData;
 use quinn::{Connection, ConnectionError, ReadError, RecvStream, VarInt, WriteError};
+use wire::Version;
 use wire::frame::{Decoder, Frame, FrameError, Kind};
 
 /// Codes that close connections and streams.
@@ -68,8 +69,8 @@ pub(crate) struct Frames {
 // === impl Frames ===
 
 impl Frames {
-    pub(crate) fn new(stream: RecvStream, kinds: &'static [Kind]) -> Self {
-        Self { stream, decoder: Decoder::new(kinds), chunk: Bytes::new() }
+    pub(crate) fn new(version: Version, stream: RecvStream, kinds: &'static [Kind]) -> Self {
+        Self { stream, decoder: Decoder::speaking(version, kinds), chunk: Bytes::new() }
     }
 
     /// The next frame; `None` at the end of the stream. May be dropped and called again.
@@ -112,6 +113,21 @@ pub(crate) fn protocol(connection: &Connection) -> Vec<u8> {
     let shown = connection.handshake_data().and_then(|data| data.downcast::<HandshakeData>().ok());
     shown.and_then(|data| data.protocol).unwrap_or_default()
 }
+
+/// The TLS alert that ended a handshake, from this end or the other.
+pub(crate) fn alert(error: &ConnectionError) -> Option<u64> {
+    /// Where alerts are among QUIC's codes (RFC 9001, section 4.8).
+    const ALERTS: std::ops::Range<u64> = 0x100..0x200;
+    let code = match error {
+        ConnectionError::TransportError(error) => u64::from(error.code),
+        ConnectionError::ConnectionClosed(close) => u64::from(close.error_code),
+        _ => return None,
+    };
+    ALERTS.contains(&code).then(|| code - ALERTS.start)
+}
+
+/// The other end speaks none of the protocols that were offered.
+pub(crate) const NO_PROTOCOL: u64 = 120;
 
 /// Why a connection is over, in words for logs.
 pub(crate) fn why(connection: &Connection) -> String {

@@ -1,7 +1,9 @@
 //! TLS between nodes: version 1.3, both sides with certificates of the cluster's authority, no early data, no
 //! resumption. Only at the node that holds the authority may somebody without a certificate come in, to join.
 
+use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -9,12 +11,16 @@ use rustls::client::{Resumption, verify_server_name};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::{NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier};
+use rustls::time_provider::TimeProvider;
 use rustls::version::TLS13;
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, ServerConfig, SignatureScheme,
 };
+use shared::clock::Clock;
 use shared::id::NodeId;
+use wire::Version;
 
+use crate::badge::Badge;
 use crate::pki::{Identity, certificate, node_name};
 
 /// Certificates and keys that TLS cannot work with.
@@ -25,8 +31,33 @@ pub struct TlsError {
 }
 
 impl TlsError {
-    fn new(error: impl std::fmt::Display) -> Self {
+    pub(crate) fn new(error: impl std::fmt::Display) -> Self {
         Self { reason: error.to_string() }
+    }
+}
+
+/// The node's clock as TLS reads it.
+struct Wall(Arc<dyn Clock>);
+
+impl fmt::Debug for Wall {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Wall(..)")
+    }
+}
+
+impl TimeProvider for Wall {
+    fn current_time(&self) -> Option<UnixTime> {
+        Some(UnixTime::since_unix_epoch(self.0.wall()))
+    }
+}
+
+/// A time that stands still.
+#[derive(Debug)]
+struct Moment(Duration);
+
+impl TimeProvider for Moment {
+    fn current_time(&self) -> Option<UnixTime> {
+        Some(UnixTime::since_unix_epoch(self.0))
     }
 }
 
@@ -42,17 +73,21 @@ fn roots(identity: &Identity) -> Result<Arc<RootCertStore>, TlsError> {
 
 /// For those who dial this node. With `may_join`, a certificate may be missing: who shows none is to be sent away
 /// unless the protocol is [`wire::JOIN_ALPN`], which is spoken only then.
-pub(crate) fn server(identity: &Identity, may_join: bool) -> Result<QuicServerConfig, TlsError> {
+pub(crate) fn server(
+    identity: &Identity,
+    badge: Arc<Badge>,
+    clock: Arc<dyn Clock>,
+    may_join: bool,
+) -> Result<QuicServerConfig, TlsError> {
     let verifier = WebPkiClientVerifier::builder_with_provider(roots(identity)?, provider());
     let verifier = if may_join { verifier.allow_unauthenticated() } else { verifier };
     let verifier = verifier.build().map_err(TlsError::new)?;
-    let mut config = ServerConfig::builder_with_provider(provider())
+    let mut config = ServerConfig::builder_with_details(provider(), Arc::new(Wall(clock)))
         .with_protocol_versions(&[&TLS13])
         .map_err(TlsError::new)?
         .with_client_cert_verifier(verifier)
-        .with_single_cert(identity.chain(), identity.private_key())
-        .map_err(TlsError::new)?;
-    config.alpn_protocols = vec![wire::NODE_ALPN.to_vec()];
+        .with_cert_resolver(badge);
+    config.alpn_protocols = Version::ALL.map(|version| version.alpn().to_vec()).into();
     if may_join {
         config.alpn_protocols.push(wire::JOIN_ALPN.to_vec());
     }
@@ -62,22 +97,26 @@ pub(crate) fn server(identity: &Identity, may_join: bool) -> Result<QuicServerCo
 }
 
 /// For those whom this node dials.
-pub(crate) fn client(identity: &Identity) -> Result<QuicClientConfig, TlsError> {
-    let mut config = ClientConfig::builder_with_provider(provider())
+pub(crate) fn client(
+    identity: &Identity,
+    badge: Arc<Badge>,
+    clock: Arc<dyn Clock>,
+) -> Result<QuicClientConfig, TlsError> {
+    let mut config = ClientConfig::builder_with_details(provider(), Arc::new(Wall(clock)))
         .with_protocol_versions(&[&TLS13])
         .map_err(TlsError::new)?
         .with_root_certificates(roots(identity)?)
-        .with_client_auth_cert(vec![identity.certificate.clone()], identity.private_key())
-        .map_err(TlsError::new)?;
-    config.alpn_protocols = vec![wire::NODE_ALPN.to_vec()];
+        .with_client_cert_resolver(badge);
+    config.alpn_protocols = Version::ALL.map(|version| version.alpn().to_vec()).into();
     config.enable_early_data = false;
     config.resumption = Resumption::disabled();
     QuicClientConfig::try_from(config).map_err(TlsError::new)
 }
 
 /// For a node that has nothing but an invitation: it believes the authority that this names, and shows nothing.
-pub(crate) fn joining(authority: [u8; 32]) -> Result<QuicClientConfig, TlsError> {
-    let mut config = ClientConfig::builder_with_provider(provider())
+/// It dials within moments of `now`, wall time since the Unix epoch.
+pub(crate) fn joining(authority: [u8; 32], now: Duration) -> Result<QuicClientConfig, TlsError> {
+    let mut config = ClientConfig::builder_with_details(provider(), Arc::new(Moment(now)))
         .with_protocol_versions(&[&TLS13])
         .map_err(TlsError::new)?
         .dangerous()

@@ -1,14 +1,17 @@
 //! Where nodes join: the side of the node with the authority. One ask of a fixed size, one answer, a few at once.
 //!
-//! Called by [`mod@crate::serve`] for connections under [`wire::JOIN_ALPN`], which nobody has authenticated.
+//! Called by [`mod@crate::serve`] for connections under [`wire::JOIN_ALPN`], which nobody has authenticated, and for
+//! nodes that are in and whose certificate is due.
 
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use quinn::Connection;
+use rustls::pki_types::CertificateDer;
 use shared::clock::Clock;
 use shared::hash::ContentHash;
+use shared::id::NodeId;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use wire::join::{ASK_BYTES, Answer, Ask, Reason};
@@ -104,6 +107,19 @@ impl Door {
         let admission = redeemed.await.expect("redeeming does not panic")?;
         let cluster_key = *admission.cluster_key.reveal();
         Ok(Answer::Admitted { cluster_key, certificate: admission.certificate, ca: admission.ca })
+    }
+
+    /// A new certificate for a node that is in, which has shown the present one.
+    pub(crate) async fn renew(
+        &self,
+        node: NodeId,
+        shown: CertificateDer<'static>,
+        now: Duration,
+    ) -> Result<String, PkiError> {
+        let _place = self.places.acquire().await.expect("it is never closed");
+        let authority = self.authority.clone();
+        let renewed = tokio::task::spawn_blocking(move || authority.renew(&node, &shown, now));
+        renewed.await.expect("renewing does not panic")
     }
 
     fn refuse(&self, from: IpAddr, clock: &dyn Clock) {

@@ -29,6 +29,7 @@ use zeroize::Zeroizing;
 use super::{
     CLUSTER_KEY, Ca, Identity, NODE_VALIDITY, NodeKey, PUBLIC_KEY_BYTES, PkiError, certificate, write_private,
 };
+use crate::refusal::Refusal;
 
 /// What a node gets that is let in.
 #[derive(Debug)]
@@ -148,6 +149,24 @@ impl Authority {
         }
         self.certify(node, &key.public(), now)?.store(data)?;
         Ok(true)
+    }
+
+    /// A new certificate (PEM) for the name and the key of the one that a node shows, which others have checked. Asked
+    /// again, it gives the same one until that is due.
+    ///
+    /// # Errors
+    /// When the certificate shown has ended, or files cannot be read or written.
+    pub(crate) fn renew(&self, node: &NodeId, shown: &CertificateDer<'_>, now: Duration) -> Result<String, PkiError> {
+        let facts = certificate::read(shown).filter(|facts| now < facts.until);
+        let facts = facts.ok_or(PkiError::Refused(Refusal::Expired))?;
+        let last = fs::read_to_string(self.folder.join("nodes").join(format!("{node}.pem"))).unwrap_or_default();
+        let certificate = CertificateDer::from_pem_slice(last.as_bytes()).ok();
+        let certificate = certificate.filter(|last| certificate::check(last, &self.ca.der(), node, now).is_ok());
+        let last_facts = certificate.and_then(|last| certificate::read(&last));
+        if last_facts.is_some_and(|last| last.key == facts.key && !last.is_due(now)) {
+            return Ok(last);
+        }
+        Ok(self.certify(node, &facts.key, now)?.certificate)
     }
 
     /// Certifies a node's key and remembers it.

@@ -54,7 +54,7 @@ pub(crate) fn join(folder: &Path, name: &str) -> Identity {
 }
 
 pub(crate) fn hello(name: &str) -> Hello {
-    Hello { cluster: "test".into(), node: node(name), incarnation: 1, bases: Vec::new() }
+    Hello::new("test".into(), node(name), 1, Vec::new())
 }
 
 pub(crate) fn config(name: &str, peers: &[(&str, SocketAddr)], clock: Arc<dyn Clock>) -> PeerNetConfig {
@@ -78,7 +78,18 @@ pub(crate) fn serving_with(
     parts: EndpointParts,
     authority: Option<Authority>,
 ) -> (PeerNet, Arc<Echo>) {
-    let config = PeerNetConfig { authority, ..config(identity.node.as_str(), peers, Arc::new(SystemClock)) };
+    serving_at(identity, peers, parts, authority, Arc::new(SystemClock))
+}
+
+/// As [`serving_with`], by another clock.
+pub(crate) fn serving_at(
+    identity: &Identity,
+    peers: &[(&str, SocketAddr)],
+    parts: EndpointParts,
+    authority: Option<Authority>,
+    clock: Arc<dyn Clock>,
+) -> (PeerNet, Arc<Echo>) {
+    let config = PeerNetConfig { authority, ..config(identity.node.as_str(), peers, clock) };
     let net = PeerNet::new(identity, config, parts).expect("an endpoint");
     let echo = Arc::new(Echo::default());
     tokio::spawn(peer::serve(net.clone(), echo.clone()));

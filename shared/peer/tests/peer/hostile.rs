@@ -13,6 +13,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{RootCertStore, version::TLS13};
 use shared::clock::{Clock, SystemClock};
 use tokio::time::timeout;
+use wire::Version;
 use wire::frame::{Decoder, FrameError};
 use wire::node::{Hello, Message, Request, Response};
 
@@ -84,11 +85,11 @@ impl Scene {
 
     /// As [`Self::knock`], then says hello as `name`.
     async fn greet(&self, shown: (String, String), hello: &Hello) -> Option<(Endpoint, Connection)> {
-        let (endpoint, connection) = self.knock(Some(shown), wire::NODE_ALPN).await?;
+        let (endpoint, connection) = self.knock(Some(shown), Version::NEWEST.alpn()).await?;
         let mut frame = Vec::new();
         hello.encode(SystemClock.now(), &mut frame).expect("small");
         let answer = ask(&connection, &[&frame]).await?;
-        Decoder::only(Hello::KINDS, &answer).ok()?;
+        Decoder::only(Version::NEWEST, Hello::KINDS, &answer).ok()?;
         Some((endpoint, connection))
     }
 
@@ -118,7 +119,7 @@ async fn ask(connection: &Connection, pieces: &[&[u8]]) -> Option<Vec<u8>> {
 async fn who_shows_no_certificate_is_refused() {
     for has_authority in [false, true] {
         let scene = scene_with(has_authority);
-        if let Some((_endpoint, connection)) = scene.knock(None, wire::NODE_ALPN).await {
+        if let Some((_endpoint, connection)) = scene.knock(None, Version::NEWEST.alpn()).await {
             timeout(SOON, connection.closed()).await.expect("closed");
         }
         scene.refused(Refusal::NoCertificate).await;
@@ -205,7 +206,7 @@ async fn a_node_of_another_cluster_or_none_is_refused() {
 async fn another_protocol_version_is_refused() {
     let scene = scene();
     let shown = scene.certified(&scene.ca(), &node_name(&node("b")), SystemClock.wall(), DAY);
-    assert!(scene.knock(Some(shown), b"tenantry-node/2").await.is_none());
+    assert!(scene.knock(Some(shown), b"tenantry-node/3").await.is_none());
     scene.refused(Refusal::Protocol).await;
 }
 
@@ -224,7 +225,7 @@ async fn frames_that_make_no_sense_end_the_connection() {
     Response::Done.encode(SystemClock.now(), &mut response).expect("small");
     let broken = [
         ("magic", changed(0, b'X')),
-        ("version", changed(4, 2)),
+        ("version", changed(4, 1)),
         ("type", changed(6, 0xee)),
         ("schema", changed(9, good[9] ^ 1)),
         ("a length beyond the limit", giant),
@@ -253,9 +254,9 @@ async fn a_request_byte_by_byte_is_answered_and_a_broken_datagram_ends_the_conne
     Request::DrainNotice { epoch: 1 }.encode(SystemClock.now(), &mut frame).expect("small");
     let pieces: Vec<&[u8]> = frame.chunks(1).collect();
     let answer = ask(&connection, &pieces).await.expect("answered");
-    let answer = Decoder::only(Response::KINDS, &answer).expect("a response");
+    let answer = Decoder::only(Version::NEWEST, Response::KINDS, &answer).expect("a response");
     assert!(matches!(Response::decode(&answer, SystemClock.now()), Ok(Response::Done)));
-    assert!(matches!(Decoder::only(Request::KINDS, b""), Err(FrameError::Truncated { .. })));
+    assert!(matches!(Decoder::only(Version::NEWEST, Request::KINDS, b""), Err(FrameError::Truncated { .. })));
     connection.send_datagram(bytes::Bytes::from_static(b"beat")).expect("sent");
     timeout(SOON, connection.closed()).await.expect("closed");
     scene.refused(Refusal::Protocol).await;

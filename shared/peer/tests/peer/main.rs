@@ -5,5 +5,7 @@ mod inviting;
 mod joining;
 mod hostile;
 mod killed;
+mod renewing;
 mod simulated;
 mod talking;
+mod upgrading;
