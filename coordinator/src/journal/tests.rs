@@ -158,6 +158,16 @@ mod writing {
         assert!(trail.is_complete(&emitted(9, true)));
     }
 
+    /// Found by the simulator: the beginning of an answer woke its carrier for ever.
+    #[test]
+    fn what_brings_no_token_wakes_nobody() {
+        let start = now();
+        let (mut trail, _) = opened(start);
+        trail.on_progress(start);
+        assert_eq!(trail.next(start + BEHIND, &emitted(0, false), 1), None);
+        assert_eq!(trail.wake_at(), None);
+    }
+
     #[test]
     fn a_gap_or_a_new_keeper_gets_the_whole_and_a_silent_one_is_asked_again() {
         let start = now();

@@ -125,7 +125,12 @@ impl Trail {
             let n_tokens: usize = now_has.iter().zip(&self.kept).map(lacks).sum();
             let ended = now_has.iter().all(|mark| mark.finished);
             let due = self.behind_since.is_some_and(|since| now >= since + BEHIND);
-            if now_has == self.kept || !(n_tokens >= BEHIND_TOKENS || ended || due) {
+            if now_has == self.kept {
+                // What came was no token: there is nothing to wake up for.
+                self.behind_since = None;
+                return None;
+            }
+            if !(n_tokens >= BEHIND_TOKENS || ended || due) {
                 return None;
             }
             Put::Add(self.deltas(emitted, attempt))
