@@ -1,5 +1,5 @@
 //! An engine without a model: a bounded batch with a queue, a step time, and tokens that are a function of prompt,
-//! choice and position, as the real engine's are a function of the envelope and the tokens before.
+//! adapter, choice and position, as the real engine's are a function of the envelope and the tokens before.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use shared::cluster::NodeLoad;
 use shared::error::{ErrorKind, RequestError};
+use shared::hash::ContentHash;
 use shared::request::{Emitted, Envelope};
 use shared::token::{FinishReason, TokenEvent};
 use tokio::sync::{Semaphore, mpsc};
@@ -31,12 +32,23 @@ pub enum Planted {
     RepeatsLast,
     /// A cancelled request goes on.
     IgnoresCancel,
+    /// What a run left behind counts as of its successor.
+    AcceptsOldAttempts,
+    /// Keepers say that they have what they do not keep.
+    KeepsNothing,
+    /// A client that comes back gets its answer from the beginning.
+    IgnoresHave,
+    /// What a node delivered of a request is billed apart from what another did.
+    BillsEveryVisit,
+    /// A request runs on another tenant's adapter where its tenant is not at home.
+    MixesAdapters,
 }
 
 /// The token at a position of a choice.
-pub fn token(prompt: &[u32], choice: u32, position: u32) -> u32 {
-    let seed =
-        prompt.iter().fold(u64::from(choice) << 32 | u64::from(position), |seed, token| mix(seed ^ u64::from(*token)));
+pub fn token(prompt: &[u32], adapter: &ContentHash, choice: u32, position: u32) -> u32 {
+    let first = u64::from_le_bytes(*adapter.0.first_chunk().expect("a hash has 32 bytes"));
+    let begin = mix(first) ^ (u64::from(choice) << 32 | u64::from(position));
+    let seed = prompt.iter().fold(begin, |seed, token| mix(seed ^ u64::from(*token)));
     u32::try_from(seed % 49_152).unwrap_or(0)
 }
 
@@ -74,7 +86,13 @@ impl Engine {
 
     /// Broken promises of this engine, for the oracle.
     pub fn violations(&self) -> Vec<String> {
-        std::mem::take(&mut self.inner.broken.borrow_mut())
+        let free = u32::try_from(self.inner.places.available_permits()).unwrap_or(u32::MAX);
+        let running = self.inner.running.get();
+        let mut broken = std::mem::take(&mut *self.inner.broken.borrow_mut());
+        if running + free != PLACES {
+            broken.push(format!("I5: {running} places are taken and {free} free of {PLACES}"));
+        }
+        broken
     }
 
     /// Runs a request from what its client has; cancelled by dropping the receiver.
@@ -116,6 +134,11 @@ impl Engine {
             })
             .await;
         let generation = &envelope.generation;
+        // What a slot holds is what the request was admitted with.
+        let mut adapter = envelope.adapter.as_ref().map_or(ContentHash([0; 32]), |pin| pin.hash);
+        if inner.planted == Planted::MixesAdapters && !emitted.is_empty() {
+            adapter = ContentHash::of(b"another");
+        }
         let mut unheard = 0;
         for choice in 0..generation.n {
             if emitted.is_finished(choice) {
@@ -138,7 +161,7 @@ impl Engine {
                     Planted::RepeatsLast if done > 0 && seq == done => seq - 1,
                     _ => seq,
                 };
-                let id = token(&generation.prompt, choice, position);
+                let id = token(&generation.prompt, &adapter, choice, position);
                 let _ = events.send(TokenEvent::Token { choice, seq, id, logprobs: None }).await;
             }
             let finished = TokenEvent::Finished { choice, reason: FinishReason::Length, compute: Duration::ZERO };

@@ -1,20 +1,27 @@
-//! A whole cluster in one thread, from a seed: the real membership, ring, routes, failover and forwarding shells and
-//! the real wire frames, on turmoil's clock and network, with an engine that computes tokens from a formula.
+//! A whole cluster in one thread, from a seed: the real membership, ring, routes, failover, journal and forwarding
+//! shells and the real wire frames, on turmoil's clock and network, with an engine that computes tokens from a formula.
 //!
 //! | real | stands in |
 //! |---|---|
-//! | [`coordinator::actor`], [`coordinator::forward`] and every core below them | [`engine`]: token = f(prompt, choice, position) |
-//! | [`wire::node`] frames | [`network`]: streams over turmoil's TCP, heartbeats over its UDP, no TLS |
+//! | [`coordinator::actor`], [`coordinator::forward`] and every core below them | [`engine`]: token = f(prompt, adapter, choice, position) |
+//! | [`coordinator::journal`]: records, ids of requests that are sent twice, billed ranges | [`door`]: what a gateway does with them; usage reaches a "disk" that outlives the node |
+//! | [`wire::node`] and [`wire::client`] frames | [`network`]: streams over turmoil's TCP, heartbeats over its UDP, no TLS |
 //!
-//! [`world`] builds the nodes, gives them requests and breaks them, all from the seed; [`oracle`] checks the invariants
-//! while it runs. The seed is printed with the command that replays it. Not here: the death of a request's own entry
-//! node (its client is gone with it), the registry, metering.
+//! [`plan`] draws requests and troubles from the seed, [`client`]s come back to other nodes when theirs dies, [`world`]
+//! runs it all, [`oracle`] checks the invariants at every step. A seed that fails is printed with the command that
+//! replays it. Not here: the registry, which has a simulation of its own in `coordinator`; adapters and pages.
+//!
+//! [`model`] is the other half: no protocol, but a thousand nodes.
 
 #![forbid(unsafe_code)]
 
 pub mod random;
+pub mod plan;
 pub mod engine;
 pub mod network;
+pub mod door;
+pub mod node;
+pub mod client;
 pub mod oracle;
 pub mod world;
 pub mod model;

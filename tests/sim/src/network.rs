@@ -1,24 +1,32 @@
-//! How simulated nodes reach each other: one TCP stream per run that carries the real frames, heartbeats as datagrams
-//! that carry the real frame, too. What peers do over QUIC, without TLS and retransmission.
+//! How simulated nodes reach each other: one TCP stream per run or call that carries the real frames, heartbeats as
+//! datagrams that carry the real frame, too. What peers do over QUIC, without TLS and retransmission.
+//!
+//! Every run but a request's first begins with a frame that its predecessor left behind, with a wrong token in it: it
+//! must be dropped by its attempt.
 
+use std::cell::RefCell;
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use coordinator::actor::{Coordinator, Heart};
 use coordinator::forward::{Carrier, Lost, Run};
+use coordinator::journal::records::Records;
 use coordinator::route::{Arrival, Place};
 use shared::cluster::Heartbeat;
 use shared::error::{ErrorKind, RequestError};
 use shared::id::NodeId;
+use shared::token::TokenEvent;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 use turmoil::net::{TcpListener, TcpStream, UdpSocket};
-use wire::node::{Answer, Message, Start, decode_datagram, encode_datagram};
+use wire::node::{Answer, Message, Opening, Request, Response, Start, decode_datagram, encode_datagram};
 use wire::{Decoder, Frame};
 
-use crate::engine::Engine;
+use crate::engine::{Engine, Planted};
 use crate::oracle::Oracle;
+use crate::random::Random;
 
 /// Port of the streams.
 const WORK: u16 = 7000;
@@ -28,7 +36,11 @@ const BEATS: u16 = 7001;
 /// Heartbeats on their way out; a node has few peers.
 const BEATS_WAITING_MAX: usize = 64;
 
-fn now() -> std::time::Instant {
+/// A call is answered within this or not at all.
+const CALL_WITHIN: Duration = Duration::from_secs(1);
+
+/// The present of the host this is called on.
+pub fn now() -> std::time::Instant {
     tokio::time::Instant::now().into_std()
 }
 
@@ -55,10 +67,13 @@ pub async fn datagrams() -> std::io::Result<(Datagrams, Arc<UdpSocket>)> {
     Ok((Datagrams(sender), socket))
 }
 
-/// Tells the coordinator what is heard, for ever.
-pub async fn receive_beats(socket: Arc<UdpSocket>, coordinator: Coordinator) {
+/// Tells the coordinator what is heard, for ever; of a thousand datagrams so many are lost.
+pub async fn receive_beats(socket: Arc<UdpSocket>, coordinator: Coordinator, lost_of_1000: u64, mut random: Random) {
     let mut buffer = [0; 1500];
     while let Ok((n, from)) = socket.recv_from(&mut buffer).await {
+        if random.within(0, 1000) < lost_of_1000 {
+            continue;
+        }
         let name = turmoil::reverse_lookup(from.ip()).and_then(|name| name.parse().ok());
         if let (Some(from), Ok(beat)) = (name, decode_datagram(&buffer[..n], now())) {
             coordinator.heard(&from, beat);
@@ -74,30 +89,71 @@ pub struct Streams {
     pub local: mpsc::Sender<(Start, mpsc::Sender<Answer>)>,
     /// Hears of every start.
     pub oracle: Oracle,
+    /// A mistake built in.
+    pub planted: Planted,
 }
 
 impl Carrier for Streams {
     type Run = Received;
 
     async fn start(&self, node: &NodeId, start: Start) -> Result<Received, Lost> {
-        self.oracle.on_start(start.envelope.id, start.attempt, node);
+        self.oracle.on_start(start.envelope.id, start.attempt, &self.me, node);
+        let stale = stale(&start, self.planted);
         if *node == self.me {
             let (answers, received) = mpsc::channel(8);
             self.local.send((start, answers)).await.map_err(|_| Lost("the engine is gone".into()))?;
-            return Ok(Received::Local(received));
+            return Ok(Received { stale, source: Source::Local(received) });
         }
-        let lost = |error: std::io::Error| Lost(error.to_string());
-        let mut tcp = TcpStream::connect((node.as_str(), WORK)).await.map_err(lost)?;
-        let mut bytes = Vec::new();
-        start.encode(now(), &mut bytes).map_err(|error| Lost(error.to_string()))?;
-        tcp.write_all(&bytes).await.map_err(lost)?;
+        let tcp = open(node, &start).await?;
         let decoder = Decoder::new(Answer::KINDS);
-        Ok(Received::Remote(Box::new(Stream { tcp, decoder, buffer: Vec::new() })))
+        let stream = Stream { tcp, decoder, buffer: Vec::new() };
+        Ok(Received { stale, source: Source::Remote(Box::new(stream)) })
+    }
+
+    async fn keep(&self, node: &NodeId, request: Request) -> Result<Response, Lost> {
+        let answer = tokio::time::timeout(CALL_WITHIN, call(node, request)).await;
+        answer.unwrap_or_else(|_| Err(Lost("no answer".to_owned())))
     }
 }
 
+/// What a run that is over left behind: the next token, wrong. With the planted mistake it claims to be of this run.
+fn stale(start: &Start, planted: Planted) -> Option<Answer> {
+    let attempt = match planted {
+        Planted::AcceptsOldAttempts => start.attempt,
+        _ => start.attempt - 1,
+    };
+    let seq = u32::try_from(start.emitted.tokens(0).len()).unwrap_or(u32::MAX);
+    let event = TokenEvent::Token { choice: 0, seq, id: u32::MAX, logprobs: None };
+    (start.attempt > 1 && !start.emitted.is_finished(0)).then_some(Answer::Event { attempt, event })
+}
+
+async fn open(node: &NodeId, first: &impl Message) -> Result<TcpStream, Lost> {
+    let lost = |error: std::io::Error| Lost(error.to_string());
+    let mut tcp = TcpStream::connect((node.as_str(), WORK)).await.map_err(lost)?;
+    let mut bytes = Vec::new();
+    first.encode(now(), &mut bytes).map_err(|error| Lost(error.to_string()))?;
+    tcp.write_all(&bytes).await.map_err(lost)?;
+    Ok(tcp)
+}
+
+/// Asks another node and waits for its answer.
+///
+/// # Errors
+/// When the node is not there or says nothing that makes sense.
+pub async fn call(node: &NodeId, request: Request) -> Result<Response, Lost> {
+    let mut tcp = open(node, &request).await?;
+    let frame = next_frame(&mut tcp, &mut Decoder::new(Response::KINDS), &mut Vec::new()).await?;
+    let frame = frame.ok_or_else(|| Lost("no answer".to_owned()))?;
+    Response::decode(&frame, now()).map_err(|error| Lost(error.to_string()))
+}
+
 /// Answers of one run.
-pub enum Received {
+pub struct Received {
+    stale: Option<Answer>,
+    source: Source,
+}
+
+enum Source {
     /// From the own engine.
     Local(mpsc::Receiver<Answer>),
     /// From a peer.
@@ -114,9 +170,12 @@ pub struct Stream {
 
 impl Run for Received {
     async fn recv(&mut self) -> Result<Option<Answer>, Lost> {
-        match self {
-            Self::Local(answers) => Ok(answers.recv().await),
-            Self::Remote(stream) => {
+        if let Some(stale) = self.stale.take() {
+            return Ok(Some(stale));
+        }
+        match &mut self.source {
+            Source::Local(answers) => Ok(answers.recv().await),
+            Source::Remote(stream) => {
                 let Stream { tcp, decoder, buffer } = &mut **stream;
                 let frame = next_frame(tcp, decoder, buffer).await?;
                 let answer = frame.map(|frame| Answer::decode(&frame, now())).transpose();
@@ -148,41 +207,86 @@ async fn next_frame(
     }
 }
 
+/// A node's side of what others ask of it.
+pub struct Peers {
+    /// Its view.
+    pub coordinator: Coordinator,
+    /// Its engine.
+    pub engine: Engine,
+    /// The records that it keeps for others.
+    pub records: Rc<RefCell<Records>>,
+    /// A mistake built in.
+    pub planted: Planted,
+}
+
 /// Serves the streams of other nodes, for ever.
-pub async fn serve(coordinator: Coordinator, engine: Engine) -> std::io::Result<()> {
+pub async fn serve(peers: Peers) -> std::io::Result<()> {
     let listener = TcpListener::bind((IpAddr::from([0, 0, 0, 0]), WORK)).await?;
-    let door = Rc::new((coordinator, engine));
+    let peers = Rc::new(peers);
     loop {
-        let (stream, _) = listener.accept().await?;
-        let door = door.clone();
-        tokio::task::spawn_local(async move { serve_one(stream, &door.0, &door.1).await });
+        let (stream, from) = listener.accept().await?;
+        let peers = peers.clone();
+        let from = turmoil::reverse_lookup(from.ip()).and_then(|name| name.parse().ok());
+        if let Some(from) = from {
+            tokio::task::spawn_local(async move { peers.serve_one(stream, from).await });
+        }
     }
 }
 
-async fn serve_one(mut stream: TcpStream, coordinator: &Coordinator, engine: &Engine) {
-    let (mut decoder, mut buffer) = (Decoder::new(Start::KINDS), Vec::new());
-    let Ok(Some(frame)) = next_frame(&mut stream, &mut decoder, &mut buffer).await else { return };
-    let Ok(start) = Start::decode(&frame, now()) else { return };
-    let (answers, mut received) = mpsc::channel::<Answer>(8);
-    let (mut read, mut write) = stream.into_split();
-    let send = async {
-        while let Some(answer) = received.recv().await {
-            let mut bytes = Vec::new();
-            if answer.encode(now(), &mut bytes).is_err() || write.write_all(&bytes).await.is_err() {
-                return;
+impl Peers {
+    async fn serve_one(&self, mut stream: TcpStream, from: NodeId) {
+        let (mut decoder, mut buffer) = (Decoder::new(Opening::KINDS), Vec::new());
+        let Ok(Some(frame)) = next_frame(&mut stream, &mut decoder, &mut buffer).await else { return };
+        match Opening::decode(&frame, now()) {
+            Ok(Opening::Start(start)) => self.run(stream, *start).await,
+            Ok(Opening::Request(request)) => {
+                let mut bytes = Vec::new();
+                if self.on_request(&from, request).encode(now(), &mut bytes).is_ok() {
+                    let _ = stream.write_all(&bytes).await;
+                    let _ = stream.shutdown().await;
+                }
             }
+            Err(_) => {}
         }
-        let _ = write.shutdown().await;
-    };
-    // Nothing more is said by the entry node: an end of its stream is a cancellation.
-    let cancelled = async {
-        let mut rest = [0; 16];
-        while matches!(read.read(&mut rest).await, Ok(n) if n > 0) {}
-    };
-    let work = answer(start, coordinator, engine, answers);
-    tokio::select! {
-        () = cancelled => {}
-        ((), ()) = async { tokio::join!(work, send) } => {}
+    }
+
+    fn on_request(&self, from: &NodeId, request: Request) -> Response {
+        let mut records = self.records.borrow_mut();
+        let done = |outcome: Result<(), RequestError>| match outcome {
+            Ok(()) => Response::Done,
+            Err(error) => Response::Refused(error),
+        };
+        match request {
+            Request::JournalOpen(_) | Request::JournalPut(_) if self.planted == Planted::KeepsNothing => Response::Done,
+            Request::JournalOpen(record) => done(records.open(now(), from, *record)),
+            Request::JournalPut(deltas) => done(deltas.iter().try_for_each(|delta| records.put(now(), from, delta))),
+            Request::JournalTake { id } => Response::Journal(records.take(now(), id).map(Box::new)),
+            _ => Response::Refused(RequestError::new(ErrorKind::Invalid, "not_simulated", "not simulated")),
+        }
+    }
+
+    async fn run(&self, stream: TcpStream, start: Start) {
+        let (answers, mut received) = mpsc::channel::<Answer>(8);
+        let (mut read, mut write) = stream.into_split();
+        let send = async {
+            while let Some(answer) = received.recv().await {
+                let mut bytes = Vec::new();
+                if answer.encode(now(), &mut bytes).is_err() || write.write_all(&bytes).await.is_err() {
+                    return;
+                }
+            }
+            let _ = write.shutdown().await;
+        };
+        // Nothing more is said by the entry node: an end of its stream is a cancellation.
+        let cancelled = async {
+            let mut rest = [0; 16];
+            while matches!(read.read(&mut rest).await, Ok(n) if n > 0) {}
+        };
+        let work = answer(start, &self.coordinator, &self.engine, answers);
+        tokio::select! {
+            () = cancelled => {}
+            ((), ()) = async { tokio::join!(work, send) } => {}
+        }
     }
 }
 

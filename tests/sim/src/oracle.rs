@@ -3,23 +3,33 @@
 //! | | invariant | where |
 //! |---|---|---|
 //! | I1 | the tokens of a choice are a prefix of what one undisturbed engine computes | at the client |
-//! | I2 | every token reaches the client once, in order | at the client |
-//! | I3 | attempts of a request rise: no run starts under a number used before | at every start |
+//! | I2 | every token reaches the client once, in order, whichever node it comes from | at the client |
+//! | I3 | attempts of a request rise at an entry node, and what an older one left behind is dropped | at every start |
+//! | I4 | a request runs on the adapter it was admitted with | in its tokens, which depend on it |
+//! | I5 | places taken and places free are all places; none is taken when all is over | every step, at the end |
+//! | I6 | tokens billed are tokens delivered | at the end |
 //! | I7 | a node's epoch never falls | every step |
 //! | I8 | no request runs after its deadline | in the engine |
-//! | I9 | a bounded number of runs, on at most two nodes but for redirects, drains and proven progress | at every start |
+//! | I9 | a bounded number of runs for every node that has the client | at every start |
 //! | I10 | no queue passes its bound | every step |
 //! | – | every request ends: in full, or with an honest refusal | at the client and at the end |
-//! | – | nothing is left running when all clients have their answers | at the end |
+//! | – | an accepted request's record is found when its entry node is gone | at the client |
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use coordinator::journal::ranges::{Ledger, Range};
+use coordinator::journal::trail::BEHIND_TOKENS;
 use shared::id::{NodeId, RequestId};
 
-/// Runs a request may start: three that count, three challengers, and a redirect or refusal of each of two candidates.
+/// Runs that one entry node may start: three that count, three challengers, and a redirect or refusal of each of two
+/// candidates.
 const STARTS_MAX: usize = 8;
+
+/// A node that dies this soon after a client had everything may take the last words on it along: usage reaches the disk
+/// every 50 ms, the record its keeper within a message.
+const LAST_WORD: Duration = Duration::from_millis(150);
 
 /// What a simulation saw. Clones are the same.
 #[derive(Debug, Clone, Default)]
@@ -27,26 +37,43 @@ pub struct Oracle(Arc<Mutex<Seen>>);
 
 #[derive(Debug, Default)]
 struct Seen {
-    begun: BTreeSet<RequestId>,
+    now: Duration,
     cut_off: BTreeSet<NodeId>,
-    starts: BTreeMap<RequestId, Vec<(u32, NodeId)>>,
+    /// By request and entry node: attempts and where they ran.
+    starts: BTreeMap<(RequestId, NodeId), Vec<(u32, NodeId)>>,
+    entries: BTreeMap<RequestId, usize>,
+    ids: BTreeMap<u128, RequestId>,
     epochs: BTreeMap<(NodeId, u64), u64>,
-    outcomes: BTreeMap<RequestId, Outcome>,
+    outcomes: BTreeMap<u128, Ended>,
+    deaths: Vec<(Duration, usize)>,
+    ledger: Ledger,
+    visits: u32,
+    unknown: usize,
+    lost_records: Vec<u128>,
+    moved: usize,
     gaps: Vec<Duration>,
+    resume_gaps: Vec<Duration>,
+    failures: BTreeMap<String, usize>,
     violations: Vec<String>,
+}
+
+#[derive(Debug)]
+struct Ended {
+    outcome: Outcome,
+    at: Duration,
+    received: u64,
 }
 
 /// How a request ended at its client.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
-    /// In full.
-    Complete,
+    /// In full, from this node at last.
+    Complete {
+        /// Which.
+        at: usize,
+    },
     /// With this error code.
     Refused(String),
-    /// Its entry node died with its client's connection.
-    EntryDied,
-    /// It was refused by an entry node that reached no other.
-    EntryCutOff,
 }
 
 /// What a simulation came to.
@@ -56,12 +83,24 @@ pub struct Report {
     pub complete: usize,
     /// Requests refused, by error code.
     pub refused: BTreeMap<String, usize>,
-    /// Requests whose entry node died, or was cut off and said so.
-    pub entry_died: usize,
-    /// Runs beyond the first of each request.
+    /// Runs beyond the first at each node that had the client.
     pub migrations: usize,
-    /// Longest pause between two tokens at a client whose entry node reached others.
+    /// Times that a client went on at another node.
+    pub resumes: usize,
+    /// Times that it had to begin anew, since no node knew its request.
+    pub unknown: usize,
+    /// Of these, requests that had been accepted long enough to be kept.
+    pub lost_records: Vec<u128>,
+    /// Answers that nodes ended with an error, by code; clients go on elsewhere.
+    pub failures: BTreeMap<String, usize>,
+    /// Longest pause between two tokens from one node that reached others.
     pub gap_max: Duration,
+    /// Longest pause of a client that went on at another node.
+    pub resume_gap_max: Duration,
+    /// Tokens delivered, by the clients' count.
+    pub delivered: u64,
+    /// Of these, those that are billed.
+    pub billed: u64,
     /// Everything that must not be.
     pub violations: Vec<String>,
 }
@@ -78,33 +117,38 @@ impl Oracle {
         self.seen().violations.push(what);
     }
 
-    /// So far.
-    pub fn n_violations(&self) -> usize {
-        self.seen().violations.len()
+    /// Time passes.
+    pub fn on_step(&self, now: Duration) {
+        self.seen().now = now;
     }
 
-    /// A client sends its request.
-    pub fn on_begin(&self, id: RequestId) {
-        self.seen().begun.insert(id);
+    /// A node has the client of a request from now on.
+    pub fn on_entry(&self, id: RequestId) {
+        *self.seen().entries.entry(id).or_default() += 1;
     }
 
-    /// Whether a client has sent its request.
-    pub fn has_begun(&self, id: &RequestId) -> bool {
-        self.seen().begun.contains(id)
+    /// A client knows its request's id.
+    pub fn on_accepted(&self, key: u128, id: RequestId) {
+        let mut seen = self.seen();
+        if let Some(before) = seen.ids.insert(key, id).filter(|before| *before != id) {
+            seen.violations.push(format!("request {key} is {id} and was {before}"));
+        }
     }
 
     /// A run is started by an entry node.
-    pub fn on_start(&self, id: RequestId, attempt: u32, node: &NodeId) {
+    pub fn on_start(&self, id: RequestId, attempt: u32, entry: &NodeId, node: &NodeId) {
         let mut seen = self.seen();
-        let starts = seen.starts.entry(id).or_default();
+        let visits = seen.entries.get(&id).copied().unwrap_or(1);
+        let starts = seen.starts.entry((id, entry.clone())).or_default();
         let last = starts.last().map_or(0, |(attempt, _)| *attempt);
         starts.push((attempt, node.clone()));
         let n = starts.len();
-        if attempt <= last {
+        // The same node may get its client back after it lost all memory.
+        if attempt <= last && visits == 1 {
             seen.violations.push(format!("I3: attempt {attempt} of {id} starts after {last}"));
         }
-        if n > STARTS_MAX {
-            seen.violations.push(format!("I9: {n} starts of {id}"));
+        if n > STARTS_MAX * visits {
+            seen.violations.push(format!("I9: {n} starts of {id} for {visits} visits"));
         }
     }
 
@@ -117,16 +161,57 @@ impl Oracle {
         }
     }
 
-    /// A pause between two tokens at a client.
-    pub fn on_gap(&self, gap: Duration) {
-        self.seen().gaps.push(gap);
+    /// A node's process ended.
+    pub fn on_death(&self, node: usize) {
+        let mut seen = self.seen();
+        let now = seen.now;
+        seen.deaths.push((now, node));
     }
 
-    /// A request ended at its client.
-    pub fn on_outcome(&self, id: RequestId, outcome: Outcome) {
+    /// Usage reached a disk. `apart`: a node's own, whatever others said.
+    pub fn bill(&self, range: Range, apart: bool) {
         let mut seen = self.seen();
-        if let Some(before) = seen.outcomes.insert(id, outcome.clone()) {
-            seen.violations.push(format!("{id} ended twice: {before:?}, {outcome:?}"));
+        seen.visits += u32::from(apart);
+        let shift = if apart { 1000 * seen.visits } else { 0 };
+        seen.ledger.bill(Range { from: range.from + shift, to: range.to + shift, ..range });
+    }
+
+    /// A node ended an answer with an error.
+    pub fn on_failed(&self, code: &str) {
+        *self.seen().failures.entry(code.to_owned()).or_default() += 1;
+    }
+
+    /// No node knows a request any more; `lost`: it should be known.
+    pub fn on_unknown(&self, key: u128, lost: bool) {
+        let mut seen = self.seen();
+        seen.unknown += 1;
+        if lost {
+            seen.lost_records.push(key);
+        }
+    }
+
+    /// A client goes to another node.
+    pub fn on_moved(&self) {
+        self.seen().moved += 1;
+    }
+
+    /// A pause between two tokens at a client; `resumed` when the second is the first of another visit.
+    pub fn on_gap(&self, node: &NodeId, resumed: bool, gap: Duration) {
+        let mut seen = self.seen();
+        if resumed {
+            seen.resume_gaps.push(gap);
+        } else if !seen.cut_off.contains(node) {
+            // A node that reaches no other cannot bring tokens from them.
+            seen.gaps.push(gap);
+        }
+    }
+
+    /// A request ended at its client, which received so many tokens.
+    pub fn on_outcome(&self, key: u128, outcome: Outcome, received: u64) {
+        let mut seen = self.seen();
+        let ended = Ended { outcome, at: seen.now, received };
+        if let Some(before) = seen.outcomes.insert(key, ended) {
+            seen.violations.push(format!("{key} ended twice, first with {:?}", before.outcome));
         }
     }
 
@@ -140,29 +225,48 @@ impl Oracle {
         };
     }
 
-    /// Whether a node reaches no other.
-    pub fn is_cut_off(&self, node: &NodeId) -> bool {
-        self.seen().cut_off.contains(node)
+    /// Whether a request has ended.
+    pub fn has_ended(&self, key: u128) -> bool {
+        self.seen().outcomes.contains_key(&key)
     }
 
-    /// Whether a request has ended.
-    pub fn has_ended(&self, id: &RequestId) -> bool {
-        self.seen().outcomes.contains_key(id)
+    /// Compares what is billed with what was delivered, when all usage has reached the disk.
+    pub fn check_billing(&self) {
+        let mut seen = self.seen();
+        let Seen { outcomes, ids, ledger, deaths, violations, .. } = &mut *seen;
+        for (key, Ended { outcome, at, received }) in outcomes.iter() {
+            let (Outcome::Complete { at: node }, Some(id)) = (outcome, ids.get(key)) else { continue };
+            let billed = ledger.billed(*id);
+            let died = |(when, who): &(Duration, usize)| who == node && *when >= *at && *when < *at + LAST_WORD;
+            let excused = if deaths.iter().any(died) { 2 * BEHIND_TOKENS as u64 } else { 0 };
+            if billed > *received || billed + excused < *received {
+                violations.push(format!("I6: {billed} tokens of request {key} are billed, {received} delivered"));
+            }
+        }
     }
 
     /// Everything.
     pub fn report(&self) -> Report {
         let seen = self.seen();
-        let mut report = Report { violations: seen.violations.clone(), ..Report::default() };
-        for outcome in seen.outcomes.values() {
-            match outcome {
-                Outcome::Complete => report.complete += 1,
+        let mut report = Report {
+            migrations: seen.starts.values().map(|starts| starts.len() - 1).sum(),
+            resumes: seen.moved,
+            unknown: seen.unknown,
+            lost_records: seen.lost_records.clone(),
+            failures: seen.failures.clone(),
+            gap_max: seen.gaps.iter().copied().max().unwrap_or_default(),
+            resume_gap_max: seen.resume_gaps.iter().copied().max().unwrap_or_default(),
+            violations: seen.violations.clone(),
+            ..Report::default()
+        };
+        for (key, ended) in &seen.outcomes {
+            report.delivered += ended.received;
+            report.billed += seen.ids.get(key).map_or(0, |id| seen.ledger.billed(*id));
+            match &ended.outcome {
+                Outcome::Complete { .. } => report.complete += 1,
                 Outcome::Refused(code) => *report.refused.entry(code.clone()).or_default() += 1,
-                Outcome::EntryDied | Outcome::EntryCutOff => report.entry_died += 1,
             }
         }
-        report.migrations = seen.starts.values().map(|starts| starts.len() - 1).sum();
-        report.gap_max = seen.gaps.iter().copied().max().unwrap_or_default();
         report
     }
 }

@@ -1,0 +1,185 @@
+//! What a seed decides: who asks for what and when, and what breaks when.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use shared::adapter::AdapterRef;
+use shared::hash::ContentHash;
+use shared::id::{BaseName, NodeId, RequestId, Route, TenantId};
+use shared::request::{AdapterPin, Envelope, Generation, Sampling};
+use shared::tenant::Tier;
+
+use crate::engine::QUEUE_MAX;
+use crate::random::Random;
+use crate::world::Trouble;
+
+/// Requests begin after this: the nodes have found each other.
+pub const WARM_UP_MS: u64 = 800;
+
+/// Time a request may take.
+pub const DEADLINE: Duration = Duration::from_secs(20);
+
+/// Something that happens to nodes, at a time in ms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Act {
+    /// `kill -9`, and a new life.
+    Crash(usize),
+    /// Its new life.
+    Bounce(usize),
+    /// SIGTERM: it takes nothing new.
+    Drain(usize),
+    /// Its grace is over.
+    Leave(usize),
+    /// Nothing of or to the node arrives, until released: as if it were stopped.
+    Hold(usize),
+    /// It goes on, and what was held arrives.
+    Release(usize),
+    /// Nothing passes between it and other nodes; clients reach it.
+    Cut(usize),
+    /// What was cut is whole again.
+    Mend(usize),
+    /// Nothing passes between the two; what was sent arrives afterwards, as QUIC's retransmissions would. turmoil's own
+    /// partitions lose bytes of a TCP stream for ever.
+    Part(usize, usize),
+    /// They meet again.
+    Join(usize, usize),
+}
+
+/// A request of a client.
+#[derive(Debug, Clone)]
+pub struct Planned {
+    /// When, in ms.
+    pub at_ms: u64,
+    /// The client's idempotency key, which is a number from 1.
+    pub key: u128,
+    /// Whose.
+    pub tenant: u64,
+    /// The node that is asked first.
+    pub entry: usize,
+    /// What.
+    pub prompt: Arc<[u32]>,
+    /// Choices.
+    pub n: u32,
+    /// Tokens of each.
+    pub max_tokens: u32,
+}
+
+// === impl Planned ===
+
+impl Planned {
+    /// Its tenant.
+    pub fn tenant(&self) -> TenantId {
+        format!("tenant-{}", self.tenant).parse().expect("a valid name")
+    }
+
+    /// The adapter that its tenant's requests run on.
+    pub fn adapter(&self) -> AdapterRef {
+        AdapterRef { tenant: self.tenant(), hash: ContentHash::of(&self.tenant.to_le_bytes()) }
+    }
+
+    /// As the node admits it.
+    pub fn envelope(&self, id: RequestId, now: Instant) -> Envelope {
+        let generation = Generation {
+            prompt: self.prompt.clone(),
+            n: self.n,
+            max_tokens: self.max_tokens,
+            min_tokens: 0,
+            ignore_eos: true,
+            stop_token_ids: Vec::new(),
+            stop: Vec::new(),
+            sampling: Sampling::default(),
+            logprobs: None,
+            prompt_logprobs: None,
+            grammar: None,
+        };
+        let name = format!("tenant-{}-support-stub-v1.0.0", self.tenant);
+        // A tenant's name has a hyphen and a task's has none, so that the name of an adapter says which is which.
+        let pin = AdapterPin { name: name.parse().expect("a valid name"), hash: self.adapter().hash };
+        Envelope {
+            id,
+            route: Route { tenant: self.tenant(), task: Some("support".parse().expect("a valid name")) },
+            tier: Tier::Shared,
+            weight: 1,
+            concurrency: 8,
+            queue_depth: QUEUE_MAX,
+            base: base(),
+            adapter: Some(pin),
+            fell_back: false,
+            cache_secret: [0; 32],
+            generation: Arc::new(generation),
+            contract_epoch: 1,
+            admitted_at: now,
+            deadline: now + DEADLINE,
+        }
+    }
+}
+
+/// Name of a node.
+pub fn name(i: usize) -> NodeId {
+    format!("n{i}").parse().expect("a valid name")
+}
+
+/// The only base.
+pub fn base() -> BaseName {
+    "stub".parse().expect("a valid base")
+}
+
+/// About thirty requests over seven seconds.
+pub fn requests(random: &mut Random, n_nodes: usize) -> Vec<Planned> {
+    let n = random.within(20, 40);
+    let planned = |key: u64| Planned {
+        at_ms: WARM_UP_MS + random.within(0, 7000),
+        key: u128::from(key),
+        tenant: random.within(0, 12),
+        prompt: (0..random.within(1, 6)).map(|_| (random.draw() % 49_152) as u32).collect(),
+        n: 1 + u32::from(random.within(0, 4) == 0),
+        max_tokens: random.within(10, 60) as u32,
+        entry: random.within(0, n_nodes as u64) as usize,
+    };
+    (1..=n).map(planned).collect()
+}
+
+/// What breaks, in order.
+pub fn troubles(random: &mut Random, n_nodes: usize, trouble: Trouble) -> Vec<(u64, Act)> {
+    if trouble == Trouble::Rolling {
+        return rolling(random, n_nodes);
+    }
+    let (mut acts, mut at) = (Vec::new(), WARM_UP_MS + 200);
+    while at < 9000 {
+        let node = random.within(0, n_nodes as u64) as usize;
+        let other = (node + 1 + random.within(0, n_nodes as u64 - 1) as usize) % n_nodes;
+        let lasts = random.within(100, 3000);
+        let (begin, end) = match random.within(0, 7) {
+            0 | 1 => (Act::Crash(node), Act::Bounce(node)),
+            2 | 3 => (Act::Hold(node), Act::Release(node)),
+            4 => (Act::Cut(node), Act::Mend(node)),
+            5 => (Act::Drain(node), Act::Bounce(node)),
+            _ => (Act::Part(node, other), Act::Join(node, other)),
+        };
+        acts.extend([(at, begin), (at + lasts, end)]);
+        if matches!(begin, Act::Drain(_)) {
+            acts.extend([(at + lasts / 3, Act::Leave(node)), (at + lasts * 2 / 3, Act::Crash(node))]);
+        }
+        at += match trouble {
+            Trouble::OneAtATime | Trouble::Rolling => lasts + random.within(1200, 2500),
+            Trouble::Overlapping => random.within(100, 1500),
+        };
+    }
+    acts.sort_by_key(|(at, _)| *at);
+    acts
+}
+
+/// Every node is drained, leaves, ends and comes back, one after the other.
+fn rolling(random: &mut Random, n_nodes: usize) -> Vec<(u64, Act)> {
+    let mut at = WARM_UP_MS + 200;
+    let mut acts = Vec::new();
+    for node in 0..n_nodes {
+        let steps = [Act::Drain(node), Act::Leave(node), Act::Crash(node), Act::Bounce(node)];
+        for act in steps {
+            acts.push((at, act));
+            at += random.within(200, 600);
+        }
+        at += random.within(800, 1500);
+    }
+    acts
+}
