@@ -246,7 +246,8 @@ impl Peers {
                     let _ = stream.shutdown().await;
                 }
             }
-            Err(_) => {}
+            // Certificates are none here.
+            Ok(Opening::Renew) | Err(_) => {}
         }
     }
 
