@@ -17,8 +17,8 @@ use shared::tenant::TenantContract;
 
 use crate::auth::{KeyId, KeyRecord};
 
-/// Version written now.
-pub const RECORD_VERSION: u8 = 1;
+/// Version written now; raised whenever an older program would misread what this one writes.
+pub const RECORD_VERSION: u8 = 2;
 
 /// Which file format a version was uploaded in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,6 +99,14 @@ pub enum RecordError {
         /// Version byte found.
         found: u8,
     },
+    /// Written before the first release.
+    #[error(
+        "record has version {found}, from before the first release, which is not read; hint: begin with an empty data folder"
+    )]
+    TooOld {
+        /// Version byte found.
+        found: u8,
+    },
     /// Damaged.
     #[error("record of {bytes} bytes is damaged: {reason}; hint: restore the data directory from a backup")]
     Damaged {
@@ -126,6 +134,7 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, RecordError> {
             bytes: bytes.len(),
             reason: format!("{:?} error in column {}", error.classify(), error.column()),
         }),
+        Some((&found, _)) if found < RECORD_VERSION => Err(RecordError::TooOld { found }),
         Some((&found, _)) => Err(RecordError::UnknownVersion { found }),
         None => Err(RecordError::Damaged { bytes: 0, reason: "empty".to_owned() }),
     }

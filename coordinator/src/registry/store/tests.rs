@@ -305,20 +305,22 @@ fn another_cluster_key_is_refused_by_name() {
     open(&dir);
 }
 
-/// Written by the first released version; must stay readable for ever.
-const TENANT_V1: &str = r#"{"contract":{"tenant":"acme","state":"active","tier":"premium","weight":4,"bases":["smollm2"],"allow_base":false,"tasks":{"billing":null,"support":{"adapter":"acme-support-smollm2-v1.0.0","hash":"WWW"}},"versions":{"acme-support-smollm2-v1.0.0":"WWW"},"fallback":"base","limits":{"concurrency":4,"queue_depth":16,"deadline_ms":30000,"requests_per_minute":60,"tokens_per_minute":6000,"burst_requests":2},"region":"eu","cost_center":"cc-1","epoch":5},"display_name":"Acme","contact":null,"created_at_s":7,"created_epoch":1,"wrapped_key":"01KKK","keys":{"00000000000000ff":{"id":"00000000000000ff","hash":"WWW","scopes":["infer","metrics"],"created_at_s":7,"expires_at_s":null,"revoked_at_s":9}},"adapters":{"acme-support-smollm2-v1.0.0":{"name":"acme-support-smollm2-v1.0.0","hash":"WWW","bytes":100,"rank":16,"kind":"peft","uploaded_at_s":8,"base":"smollm2"}},"retired":{}}"#;
+/// As the first released version writes it; must stay readable for ever.
+const TENANT_V2: &str = r#"{"contract":{"tenant":"acme","state":"active","tier":"premium","weight":4,"bases":["smollm2"],"allow_base":false,"tasks":{"billing":null,"support":{"adapter":"acme-support-smollm2-v1.0.0","hash":"WWW"}},"versions":{"acme-support-smollm2-v1.0.0":"WWW"},"fallback":"base","limits":{"concurrency":4,"queue_depth":16,"deadline_ms":30000,"requests_per_minute":60,"tokens_per_minute":6000,"burst_requests":2},"region":"eu","cost_center":"cc-1","epoch":5},"display_name":"Acme","contact":null,"created_at_s":7,"created_epoch":1,"wrapped_key":"01KKK","keys":{"00000000000000ff":{"id":"00000000000000ff","hash":"WWW","scopes":["infer","metrics"],"created_at_s":7,"expires_at_s":null,"revoked_at_s":9}},"adapters":{"acme-support-smollm2-v1.0.0":{"name":"acme-support-smollm2-v1.0.0","hash":"WWW","bytes":100,"rank":16,"kind":"peft","uploaded_at_s":8,"base":"smollm2"}},"retired":{}}"#;
 
 #[test]
-fn records_of_version_1_stay_readable_and_newer_ones_are_refused() {
-    let json = TENANT_V1.replace("WWW", &"ab".repeat(32)).replace("KKK", &"cd".repeat(80));
-    let mut bytes = vec![1];
+fn records_of_version_2_stay_readable_and_others_are_refused() {
+    let json = TENANT_V2.replace("WWW", &"ab".repeat(32)).replace("KKK", &"cd".repeat(80));
+    let mut bytes = vec![2];
     bytes.extend_from_slice(json.as_bytes());
     let found: TenantRecord = record::decode(&bytes).expect("reads");
-    assert_eq!(record::encode(&found), bytes, "writes what the first version wrote");
+    assert_eq!(record::encode(&found), bytes, "writes what the first release wrote");
+    for (version, hint) in [(3, "upgrade"), (1, "empty data folder")] {
+        bytes[0] = version;
+        let error = record::decode::<TenantRecord>(&bytes).expect_err("another version").to_string();
+        assert!(error.contains(&format!("version {version}")) && error.contains(hint), "{error}");
+    }
     bytes[0] = 2;
-    let error = record::decode::<TenantRecord>(&bytes).expect_err("newer").to_string();
-    assert!(error.contains("version 2") && error.contains("upgrade"), "{error}");
-    bytes[0] = 1;
     for n in [0, 1, 2, bytes.len() - 1] {
         let error = record::decode::<TenantRecord>(&bytes[..n]).expect_err("cut").to_string();
         assert!(error.contains("damaged") && !error.contains("acme"), "{error}");
