@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use ::wire::client::Have;
 use adapters::Store;
 use coordinator::admission::{Admission, Demand, RateStatus, Reservation};
 use coordinator::auth::{AuthError, AuthedTenant, Scope};
@@ -24,7 +25,7 @@ use shared::clock::Clock;
 use shared::cluster::{NodeLoad, NodePhase};
 use shared::config::{ClusterConfig, NodeConfig};
 use shared::error::{ErrorKind, RequestError};
-use shared::id::{BaseName, Route, TenantId};
+use shared::id::{BaseName, RequestId, Route, TenantId};
 use shared::request::{Emitted, Envelope, Generation};
 use shared::tenant::TenantContract;
 use tokio::sync::{Notify, Semaphore, watch};
@@ -32,7 +33,7 @@ use tokio::sync::{Notify, Semaphore, watch};
 use crate::base_room::BaseRoom;
 use crate::cluster::ClusterNode;
 use crate::gateway::backend::{
-    Backend, CancelOnDrop, Check, Events, ModelCard, Prepared, RateState, Refused, Running, Served,
+    Backend, CancelOnDrop, Check, Events, ModelCard, Prepared, RateState, Refused, Resumed, Running, Served,
 };
 use crate::metering::Tap;
 use crate::metering::journal::Journal;
@@ -383,6 +384,18 @@ impl Backend for App {
             metrics::rejected(Some((who.tenant(), who.contract().tier)), refused.error.code);
         }
         outcome
+    }
+
+    fn keeps_records(&self) -> bool {
+        false
+    }
+
+    fn request_id(&self, _who: &AuthedTenant, _key: &[u8]) -> RequestId {
+        RequestId::random()
+    }
+
+    async fn resume(&self, _who: &AuthedTenant, _request: RequestId, _have: &[Have]) -> Result<Resumed, RequestError> {
+        Err(RequestError::new(ErrorKind::NotFound, "stream_gone", "gone"))
     }
 
     fn checks(&self) -> Vec<Check> {

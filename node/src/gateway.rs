@@ -2,11 +2,11 @@
 //!
 //! Reading order: [`backend`] is the seam to the rest of the node; [`limits`] the table of bounds; [`auth`]
 //! the outer layer that every route but health passes through; [`json`], [`fields`] and [`request`] turn
-//! untrusted bytes into a checked request; [`tools`] is tool calling; [`text`] turns tokens into text without
+//! untrusted bytes into a checked request; [`generate`] sets it running, or goes on with it; [`tools`] is tool calling; [`text`] turns tokens into text without
 //! splitting characters or leaking stop texts; [`wire`] the shapes that clients see; [`answer`] the whole
-//! answer, [`stream`] the same piece by piece; [`reply`] the one map from errors to HTTP.
+//! answer, [`stream`] the same piece by piece ([`sse`] over HTTP, [`position`] where a client is in it); [`reply`] the one map from errors to HTTP.
 //! [`openapi`] documents it from the types; [`listen`] puts a router on a socket with bounds; [`peer`] is the door
-//! for other nodes.
+//! for other nodes, [`clients`] that for the client library.
 //!
 //! Not here: contracts, queues, templates, models (behind [`backend::Backend`]); admin routes and metrics,
 //! which have a port of their own.
@@ -25,12 +25,16 @@ pub mod assemble;
 pub mod text;
 pub mod answer;
 pub mod stream;
+pub mod sse;
+pub mod position;
+pub mod generate;
 pub mod wire;
 pub mod reply;
 pub mod openapi;
 pub mod leftover;
 pub mod listen;
 pub mod peer;
+pub mod clients;
 #[cfg(test)]
 mod tests;
 

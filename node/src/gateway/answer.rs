@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
 use shared::id::RequestId;
 use shared::token::{PositionLogprobs, TokenLogprob};
 
@@ -13,7 +14,7 @@ use super::tools::calls::Call;
 use super::wire::*;
 
 /// What of the request decides how the answer looks.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Shape {
     /// `chatcmpl-…` or `cmpl-…`.
     pub id: String,
@@ -36,7 +37,7 @@ pub struct Shape {
 }
 
 /// Endpoint.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Kind {
     /// `/v1/chat/completions`.
     Chat,

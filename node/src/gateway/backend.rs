@@ -9,6 +9,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ::wire::client::Have;
 use serde_json::Value;
 use shared::clock::Clock;
 use shared::error::{ErrorKind, RequestError};
@@ -43,6 +44,24 @@ pub trait Backend: Send + Sync + 'static {
     /// # Errors
     /// Every refusal of admission; for an unknown or foreign model [`model_not_found`].
     fn submit(&self, who: &Self::Who, request: Prepared) -> impl Future<Output = Result<Running, Refused>> + Send;
+
+    /// Whether requests can go on at another node when this one dies.
+    fn keeps_records(&self) -> bool;
+
+    /// The id of a caller's request with this idempotency key; the same at every node.
+    fn request_id(&self, who: &Self::Who, key: &[u8]) -> RequestId;
+
+    /// Goes on with a request of this caller of which the client has a part. Its events begin with those that the
+    /// client has seen; the others come as if nothing had happened.
+    ///
+    /// # Errors
+    /// 404 `stream_gone` when nobody remembers it, the same for a request of somebody else.
+    fn resume(
+        &self,
+        who: &Self::Who,
+        request: RequestId,
+        have: &[Have],
+    ) -> impl Future<Output = Result<Resumed, RequestError>> + Send;
 
     /// The conditions under which this node can serve, each with its present state. No I/O.
     fn checks(&self) -> Vec<Check>;
@@ -99,6 +118,9 @@ pub struct Prepared {
     pub grammar: Option<Grammar>,
     /// Earlier deadline than the contract's, wanted by the client.
     pub timeout: Option<Duration>,
+    /// How the gateway makes an answer of the tokens, in its own format: kept with the request where another node
+    /// could go on with it. `None` when none shall.
+    pub answering: Option<Vec<u8>>,
 }
 
 /// The prompt as the client gave it.
@@ -144,6 +166,14 @@ pub struct Running {
     pub token_text: Arc<dyn TokenText>,
     /// State of the caller's rate limits after this request.
     pub rate: Option<RateState>,
+}
+
+/// A request that goes on here.
+pub struct Resumed {
+    /// As after [`Backend::submit`].
+    pub running: Running,
+    /// As in [`Prepared::answering`].
+    pub answering: Vec<u8>,
 }
 
 /// A request's events on their way to the reply, seen by whoever counts what was delivered.

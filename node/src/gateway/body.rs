@@ -80,14 +80,14 @@ impl Drop for Held {
     }
 }
 
-/// The body as a JSON object, or the response that refuses it.
+/// The body as a JSON object, with its hash, or the response that refuses it.
 pub async fn read_object(
     headers: &HeaderMap,
     body: Body,
     wait: Duration,
     budget: &BodyBudget,
     tenant: &TenantId,
-) -> Result<Map<String, Value>, Box<Response<Body>>> {
+) -> Result<(Map<String, Value>, [u8; 32]), Box<Response<Body>>> {
     check_type(headers)?;
     let claimed = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     if claimed.is_some_and(|bytes| bytes > BODY_BYTES_MAX as u64) {
@@ -96,7 +96,8 @@ pub async fn read_object(
     let mut held = budget.open(tenant);
     let read = tokio::time::timeout(wait, read(body, &mut held)).await;
     let bytes = read.unwrap_or_else(|_| Err(Box::new(reply::http_refusal(HttpRefusal::BodyTimeout))))?;
-    json::parse_object(&bytes).map_err(|error| Box::new(reply::failed(&error)))
+    let object = json::parse_object(&bytes).map_err(|error| Box::new(reply::failed(&error)))?;
+    Ok((object, *blake3::hash(&bytes).as_bytes()))
 }
 
 /// Takes the bytes as they come: a client that only claims a length holds nothing.

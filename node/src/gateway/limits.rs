@@ -43,6 +43,8 @@ pub const SCHEMA_BYTES_MAX: usize = 64 * 1024;
 pub const TOOL_CALLS_MAX: usize = 8;
 /// Longest wait a client may ask for.
 pub const TIMEOUT_MAX: Duration = Duration::from_secs(3600);
+/// Longest idempotency key: two UUIDs and a prefix.
+pub const IDEMPOTENCY_KEY_BYTES_MAX: usize = 128;
 /// Longest bearer token looked at.
 pub const KEY_BYTES_MAX: usize = 256;
 /// How long a stream keeps its status open for a refusal that comes from the queue, before it commits to 200.

@@ -107,11 +107,15 @@ impl From<Format> for Grammar {
     }
 }
 
-/// What the caller's headers add to a request.
+/// What is known of a request besides its fields.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct FromHeaders {
     /// `x-tenantry-timeout-ms`.
     pub timeout: Option<Duration>,
+    /// The id that an idempotency key stands for.
+    pub id: Option<RequestId>,
+    /// Hash of the body.
+    pub digest: [u8; 32],
 }
 
 impl Common {
@@ -153,7 +157,7 @@ impl Common {
         Ok(common)
     }
 
-    /// The request for one prompt, with a fresh id.
+    /// The request for one prompt, with a fresh id unless a key stands for one.
     pub fn prepare(
         &self,
         input: Input,
@@ -166,7 +170,7 @@ impl Common {
             return Err(RequestError::field("invalid_value", "min_tokens", message));
         }
         Ok(Prepared {
-            id: RequestId::random(),
+            id: from_headers.id.unwrap_or_else(RequestId::random),
             model: self.model.clone(),
             input,
             n: self.n,
@@ -181,6 +185,7 @@ impl Common {
             prompt_logprobs: self.prompt_logprobs,
             grammar: self.response_format.clone().map(Grammar::from),
             timeout: from_headers.timeout,
+            answering: None,
         })
     }
 

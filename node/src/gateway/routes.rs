@@ -1,33 +1,37 @@
-//! The handlers, one per route, and the one path that both generating endpoints take: parse, submit, wait for
-//! the first event, then answer whole or as a stream.
+//! The HTTP handlers, one per route, and the one path that both generating endpoints take: read, [`super::generate`],
+//! wait for the first event, then answer whole or as a stream.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use ::wire::client::Endpoint;
 use axum::Extension;
 use axum::body::Body;
 use axum::extract::{Path, Request, State};
-use axum::http::{HeaderMap, Response, StatusCode};
+use axum::http::{HeaderMap, HeaderValue, Response, StatusCode};
 use serde_json::{Map, Value};
 use shared::error::RequestError;
 use tokio::time::timeout;
 
-use super::answer::{self, Kind, Shape};
+use super::answer::{self, Kind};
 use super::assemble::{Assembly, Ending, Progress};
 use super::auth::Caller;
-use super::backend::{Backend, ModelCard, Prepared, model_not_found};
+use super::backend::{Backend, ModelCard, model_not_found};
 use super::body::{self, BodyBudget};
 use super::flow::{Arrival, Flow};
-use super::limits::{Pace, TIMEOUT_MAX};
+use super::generate::{Answering, Generate, Started};
+use super::limits::{IDEMPOTENCY_KEY_BYTES_MAX, Pace, TIMEOUT_MAX};
+use super::position::Position;
 use super::reply::{self, HttpRefusal};
-use super::request::chat::ChatRequest;
-use super::request::completion::{CompletionRequest, Prompt};
-use super::request::{Common, FromHeaders, names_other_tenant, other_tenant};
-use super::stream;
-use super::tools::ToolUse;
+use super::request::FromHeaders;
+use super::sse;
 use super::wire::{Liveness, Model, ModelList, Readiness, ReadinessCheck, Version};
 
 type Reply = Response<Body>;
+
+const TIMEOUT_MS: &str = "x-tenantry-timeout-ms";
+const IDEMPOTENCY_KEY: &str = "idempotency-key";
+const LAST_EVENT_ID: &str = "last-event-id";
 
 /// `POST /v1/chat/completions`.
 pub async fn chat<B: Backend>(
@@ -36,24 +40,7 @@ pub async fn chat<B: Backend>(
     Extension(pace): Extension<Pace>,
     request: Request,
 ) -> Reply {
-    let (headers, body) = match read(backend.as_ref(), &caller.0, request, pace).await {
-        Ok(read) => read,
-        Err(refusal) => return *refusal,
-    };
-    let prepared = from_headers(&headers).and_then(|from_headers| {
-        let request = ChatRequest::parse(&body)?;
-        let (prepared, tools) = request.prepare(from_headers)?;
-        Ok((request, prepared, tools))
-    });
-    let (request, prepared, tools) = match prepared {
-        Ok(prepared) => prepared,
-        Err(error) => return reply::failed(&error),
-    };
-    drop(body);
-    let id = format!("chatcmpl-{}", prepared.id);
-    let shape = shape(backend.as_ref(), id, Kind::Chat, &request.common, request.logprobs);
-    let work = Generate { prepared: vec![prepared], shape, tools, stream: request.common.stream };
-    work.run(backend, &caller.0, pace).await
+    generate(Endpoint::Chat, backend, &caller.0, pace, request).await
 }
 
 /// `POST /v1/completions`.
@@ -63,29 +50,82 @@ pub async fn completions<B: Backend>(
     Extension(pace): Extension<Pace>,
     request: Request,
 ) -> Reply {
-    let (headers, body) = match read(backend.as_ref(), &caller.0, request, pace).await {
+    generate(Endpoint::Completions, backend, &caller.0, pace, request).await
+}
+
+async fn generate<B: Backend>(
+    endpoint: Endpoint,
+    backend: Arc<B>,
+    who: &B::Who,
+    pace: Pace,
+    request: Request,
+) -> Reply {
+    let received = backend.clock().now();
+    let (headers, body, digest) = match read(backend.as_ref(), who, request, pace).await {
         Ok(read) => read,
         Err(refusal) => return *refusal,
     };
-    let prepared = from_headers(&headers).and_then(|from_headers| {
-        let request = CompletionRequest::parse(&body)?;
-        let prepared = request.prepare(from_headers)?;
-        Ok((request, prepared))
-    });
-    let (request, prepared) = match prepared {
-        Ok(prepared) => prepared,
+    if let Some(position) = headers.get(LAST_EVENT_ID) {
+        // The body was said before; what is kept of it counts.
+        return go_on(backend, who, pace, position.to_str().unwrap_or_default()).await;
+    }
+    let generate = from_headers(backend.as_ref(), who, &headers, digest)
+        .and_then(|from_headers| Generate::parse(backend.as_ref(), who, endpoint, &body, from_headers));
+    let generate = match generate {
+        Ok(generate) => generate,
         Err(error) => return reply::failed(&error),
     };
     drop(body);
-    let id = format!("cmpl-{}", prepared.first().expect("a request has at least one prompt").id);
-    let texts = request.prompt.into_iter().map(|prompt| match prompt {
-        Prompt::Text(text) => Some(text),
-        Prompt::Tokens(_) => None,
-    });
-    let kind = Kind::Text { echo: request.echo.then(|| texts.collect()) };
-    let shape = shape(backend.as_ref(), id, kind, &request.common, request.logprobs.is_some());
-    let work = Generate { prepared, shape, tools: None, stream: request.common.stream };
-    work.run(backend, &caller.0, pace).await
+    let as_stream = generate.stream;
+    let started = match generate.start(backend.as_ref(), who).await {
+        Ok(started) => started,
+        Err(refused) => return reply::refused(&refused),
+    };
+    if as_stream { streamed(backend, started, pace).await } else { whole(backend.as_ref(), started, received).await }
+}
+
+/// The rest of a stream that its client lost.
+async fn go_on<B: Backend>(backend: Arc<B>, who: &B::Who, pace: Pace, position: &str) -> Reply {
+    let started = match Position::parse(position) {
+        Ok(Position { request, have }) => Started::resume(backend.as_ref(), who, request, have).await,
+        Err(error) => Err(error),
+    };
+    match started {
+        Ok(started) => streamed(backend, started, pace).await,
+        Err(error) => reply::failed(&error),
+    }
+}
+
+async fn streamed<B: Backend>(backend: Arc<B>, mut started: Started, pace: Pace) -> Reply {
+    match first_events(&mut started.flow, pace.status_wait).await {
+        Ok(first) => sse::respond(backend, started, first, pace),
+        Err(error) => failed_in_flight(&started.flow, &error),
+    }
+}
+
+async fn whole<B: Backend>(backend: &B, started: Started, received: Instant) -> Reply {
+    let Started { mut flow, answering: Answering { shape, .. }, .. } = started;
+    let endings = match to_the_end(backend, &mut flow, shape.n).await {
+        Ok(endings) => endings,
+        Err(error) => return failed_in_flight(&flow, &error),
+    };
+    let mut response = match shape.kind {
+        Kind::Chat => reply::json(StatusCode::OK, &answer::chat(&shape, &mut flow, &endings)),
+        Kind::Text { .. } => reply::json(StatusCode::OK, &answer::completion(&shape, &mut flow, &endings)),
+    };
+    let took = backend.clock().now().saturating_duration_since(received);
+    let headers = response.headers_mut();
+    flow.headers(headers);
+    let timing = flow.parts.iter().map(|part| part.assembly.timing);
+    let queue_wait = timing.clone().map(|timing| timing.queue_wait).max().unwrap_or_default();
+    reply::set(headers, "x-tenantry-queue-ms", queue_wait.as_millis());
+    let compute: Duration = timing.clone().map(|timing| timing.compute).sum();
+    reply::set(headers, "x-tenantry-compute-ms", compute.as_millis());
+    if let Some(first) = timing.filter_map(|timing| timing.first_token).min() {
+        reply::set(headers, "x-tenantry-ttft-ms", first.saturating_duration_since(received).as_millis());
+    }
+    reply::set(headers, "x-tenantry-total-ms", took.as_millis());
+    response
 }
 
 async fn read<B: Backend>(
@@ -93,92 +133,36 @@ async fn read<B: Backend>(
     who: &B::Who,
     request: Request,
     pace: Pace,
-) -> Result<(HeaderMap, Map<String, Value>), Box<Reply>> {
+) -> Result<(HeaderMap, Map<String, Value>, [u8; 32]), Box<Reply>> {
     let (parts, body) = request.into_parts();
     let budget = parts.extensions.get::<BodyBudget>().expect("the router adds it to every request");
-    let object = body::read_object(&parts.headers, body, pace.body_wait, budget, backend.tenant(who)).await?;
-    if names_other_tenant(&object, backend.tenant(who).as_str()) {
-        backend.impersonation_refused(who);
-        return Err(Box::new(reply::failed(&other_tenant())));
-    }
-    Ok((parts.headers, object))
+    let (object, digest) = body::read_object(&parts.headers, body, pace.body_wait, budget, backend.tenant(who)).await?;
+    Ok((parts.headers, object, digest))
 }
 
-fn from_headers(headers: &HeaderMap) -> Result<FromHeaders, RequestError> {
-    const NAME: &str = "x-tenantry-timeout-ms";
-    let Some(value) = headers.get(NAME) else { return Ok(FromHeaders::default()) };
+fn from_headers<B: Backend>(
+    backend: &B,
+    who: &B::Who,
+    headers: &HeaderMap,
+    digest: [u8; 32],
+) -> Result<FromHeaders, RequestError> {
+    let timeout = headers.get(TIMEOUT_MS).map(timeout_of).transpose()?;
+    let id = headers.get(IDEMPOTENCY_KEY).map(|key| {
+        let is_key = (1..=IDEMPOTENCY_KEY_BYTES_MAX).contains(&key.len());
+        let message = format!("{IDEMPOTENCY_KEY} must have 1 to {IDEMPOTENCY_KEY_BYTES_MAX} bytes");
+        let wrong = || RequestError::field("invalid_value", IDEMPOTENCY_KEY, message);
+        is_key.then(|| backend.request_id(who, key.as_bytes())).ok_or_else(wrong)
+    });
+    Ok(FromHeaders { timeout, id: id.transpose()?, digest })
+}
+
+fn timeout_of(value: &HeaderValue) -> Result<Duration, RequestError> {
     let ms = value.to_str().ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()));
     let wait = ms.and_then(|text| text.parse::<u64>().ok()).map(Duration::from_millis);
-    let in_range = wait.filter(|wait| !wait.is_zero() && *wait <= TIMEOUT_MAX);
-    in_range.map(|timeout| FromHeaders { timeout: Some(timeout) }).ok_or_else(|| {
-        let message = format!("{NAME} must be an integer from 1 to {}", TIMEOUT_MAX.as_millis());
-        RequestError::field("invalid_value", NAME, message)
+    wait.filter(|wait| !wait.is_zero() && *wait <= TIMEOUT_MAX).ok_or_else(|| {
+        let message = format!("{TIMEOUT_MS} must be an integer from 1 to {}", TIMEOUT_MAX.as_millis());
+        RequestError::field("invalid_value", TIMEOUT_MS, message)
     })
-}
-
-fn shape<B: Backend>(backend: &B, id: String, kind: Kind, common: &Common, logprobs: bool) -> Shape {
-    Shape {
-        id,
-        created: backend.clock().wall().as_secs(),
-        kind,
-        n: common.n,
-        logprobs,
-        prompt_logprobs: common.prompt_logprobs.is_some(),
-        return_token_ids: common.return_token_ids,
-        include_usage: common.stream_options.include_usage,
-        continuous_usage: common.stream_options.continuous_usage_stats,
-    }
-}
-
-/// A checked request on its way.
-struct Generate {
-    prepared: Vec<Prepared>,
-    shape: Shape,
-    tools: Option<ToolUse>,
-    stream: bool,
-}
-
-impl Generate {
-    async fn run<B: Backend>(self, backend: Arc<B>, who: &B::Who, pace: Pace) -> Reply {
-        let started = backend.clock().now();
-        let stop = self.prepared.first().map(|one| one.stop.clone()).unwrap_or_default();
-        let mut runs = Vec::with_capacity(self.prepared.len());
-        for prepared in self.prepared {
-            // A refusal of one prompt drops, and so cancels, those before it.
-            match backend.submit(who, prepared).await {
-                Ok(running) => runs.push(running),
-                Err(refused) => return reply::refused(&refused),
-            }
-        }
-        let mut flow = Flow::new(runs, self.shape.n, &stop, self.tools.as_ref());
-        if self.stream {
-            return match first_events(&mut flow, pace.status_wait).await {
-                Ok(first) => stream::respond(backend, self.shape, flow, first, pace),
-                Err(error) => failed_in_flight(&flow, &error),
-            };
-        }
-        let endings = match to_the_end(backend.as_ref(), &mut flow, self.shape.n).await {
-            Ok(endings) => endings,
-            Err(error) => return failed_in_flight(&flow, &error),
-        };
-        let mut response = match self.shape.kind {
-            Kind::Chat => reply::json(StatusCode::OK, &answer::chat(&self.shape, &mut flow, &endings)),
-            Kind::Text { .. } => reply::json(StatusCode::OK, &answer::completion(&self.shape, &mut flow, &endings)),
-        };
-        let took = backend.clock().now().saturating_duration_since(started);
-        let headers = response.headers_mut();
-        flow.headers(headers);
-        let timing = flow.parts.iter().map(|part| part.assembly.timing);
-        let queue_wait = timing.clone().map(|timing| timing.queue_wait).max().unwrap_or_default();
-        reply::set(headers, "x-tenantry-queue-ms", queue_wait.as_millis());
-        let compute: Duration = timing.clone().map(|timing| timing.compute).sum();
-        reply::set(headers, "x-tenantry-compute-ms", compute.as_millis());
-        if let Some(first) = timing.filter_map(|timing| timing.first_token).min() {
-            reply::set(headers, "x-tenantry-ttft-ms", first.saturating_duration_since(started).as_millis());
-        }
-        reply::set(headers, "x-tenantry-total-ms", took.as_millis());
-        response
-    }
 }
 
 /// A failure after admission: the error with the headers that say what was to serve it.

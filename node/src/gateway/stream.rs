@@ -1,128 +1,100 @@
-//! An answer piece by piece, as server-sent events: what each piece looks like, and the task that carries them
-//! to the client without ever waiting longer than the slow-reader rule allows.
+//! An answer piece by piece: what each piece looks like and which tokens it carries, and the task that carries pieces
+//! to a [`Sink`] without ever waiting longer than the slow-reader rule allows. [`super::sse`] is the sink of HTTP,
+//! [`super::clients`] that of the client library.
+//!
+//! Where pieces are cut depends on the tokens alone, so an answer that goes on at another node is cut alike, and what
+//! its client has already is left out.
 
-use std::io;
+use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use axum::body::Body;
-use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
-use axum::http::{HeaderValue, Response};
-use bytes::{Bytes, BytesMut};
-use futures_util::stream;
+use ::wire::client::{Have, Piece};
 use serde::Serialize;
 use shared::clock::Clock;
-use shared::error::RequestError;
-use tokio::sync::mpsc;
+use shared::error::{ErrorKind, RequestError};
 use tokio::time::timeout;
 
 use super::answer::{self, Kind, Shape};
 use super::assemble::{Assembly, Ending, Fresh, Progress};
 use super::backend::Backend;
 use super::flow::{Arrival, Flow, count};
-use super::limits::{FRAMES_AHEAD_MAX, Pace};
-use super::reply::{self, error_body};
+use super::tools::calls::Call;
 use super::wire::{ChatChunk, ChunkChoice, Completion, CompletionChoice, CompletionLogprobs, Delta, Tenantry, Usage};
 
-/// The streaming response. `first` is what has already arrived.
-pub fn respond<B: Backend>(
+/// One part of an answer on its way to the client.
+#[derive(Debug)]
+pub enum Part {
+    /// More of a choice.
+    Piece(Piece),
+    /// What belongs to no choice (usage), JSON; behind all pieces.
+    Extra(Vec<u8>),
+    /// The request failed; only [`Part::Done`] follows.
+    Failed(RequestError),
+    /// All is said.
+    Done,
+    /// Nothing yet.
+    Waiting,
+}
+
+/// Where parts go.
+pub trait Sink: Send + 'static {
+    /// Sends them; false when the client is gone or too slow.
+    fn send(&mut self, parts: Vec<Part>) -> impl Future<Output = bool> + Send;
+
+    /// Ends when the client waits no more.
+    fn gone(&self) -> impl Future<Output = ()> + Send;
+}
+
+/// Carries events to the sink until the answer is complete, the request fails, or the client is gone. `first` is what
+/// has already arrived, `have` what the client has.
+pub async fn pump<B: Backend, S: Sink>(
     backend: Arc<B>,
     shape: Shape,
-    mut flow: Flow,
+    flow: Flow,
     first: Vec<Arrival>,
-    pace: Pace,
-) -> Response<Body> {
-    let (frames, receiver) = mpsc::channel(FRAMES_AHEAD_MAX);
-    let cut = Arc::new(AtomicBool::new(false));
-    let mut response = Response::new(body(receiver, cut.clone()));
-    let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
-    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-    reply::set(headers, "x-accel-buffering", "no");
-    flow.look_ahead(&first);
-    flow.headers(headers);
-    let pump = Pump { backend, writer: Writer::new(shape, flow), frames, cut, pace };
-    tokio::spawn(pump.run(first));
-    response
-}
-
-/// Frames as a body. A stream that was cut ends in an error, so that no client takes it for complete.
-fn body(frames: mpsc::Receiver<Bytes>, cut: Arc<AtomicBool>) -> Body {
-    Body::from_stream(stream::unfold((frames, cut, false), |(mut frames, cut, over)| async move {
+    have: Vec<Have>,
+    keep_alive: std::time::Duration,
+    mut sink: S,
+) {
+    let mut writer = Writer::new(shape, flow, have);
+    writer.open();
+    let mut arrived = Some(first);
+    loop {
+        let over = match arrived {
+            Some(events) => writer.take(backend.clock(), events),
+            None => true,
+        };
         if over {
-            return None;
+            writer.close();
         }
-        match frames.recv().await {
-            Some(frame) => Some((Ok(frame), (frames, cut, false))),
-            None if cut.load(Ordering::Acquire) => {
-                let error = io::Error::new(io::ErrorKind::TimedOut, "the client read too slowly");
-                Some((Err(error), (frames, cut, true)))
-            }
-            None => None,
+        let parts = std::mem::take(&mut writer.out);
+        let sent = parts.is_empty() || sink.send(parts).await;
+        if !sent || over {
+            // Dropping the flow here cancels whatever still runs.
+            return;
         }
-    }))
-}
-
-/// Carries events to frames until the answer is complete, the request fails, or the client is gone.
-struct Pump<B> {
-    backend: Arc<B>,
-    writer: Writer,
-    frames: mpsc::Sender<Bytes>,
-    cut: Arc<AtomicBool>,
-    pace: Pace,
-}
-
-impl<B: Backend> Pump<B> {
-    async fn run(mut self, first: Vec<Arrival>) {
-        self.writer.open();
-        let mut arrived = Some(first);
-        loop {
-            let over = match arrived {
-                Some(events) => self.writer.take(self.backend.clock(), events),
-                None => true,
-            };
-            if over {
-                self.writer.close();
-            }
-            if !self.send().await || over {
-                // Dropping the flow here cancels whatever still runs.
-                return;
-            }
-            arrived = tokio::select! {
-                () = self.frames.closed() => return,
-                waited = timeout(self.pace.keep_alive, self.writer.flow.next()) => match waited {
-                    Ok(events) => events,
-                    Err(_) => {
-                        self.writer.out.extend_from_slice(b": keep-alive\n\n");
-                        Some(Vec::new())
-                    }
-                },
-            };
-        }
-    }
-
-    /// Hands over what is written. False when the client is gone or too slow.
-    async fn send(&mut self) -> bool {
-        let frame = self.writer.out.split().freeze();
-        if frame.is_empty() {
-            return true;
-        }
-        match timeout(self.pace.stall, self.frames.send(frame)).await {
-            Ok(sent) => sent.is_ok(),
-            Err(_) => {
-                crate::metrics::stream_cut("slow_reader");
-                self.cut.store(true, Ordering::Release);
-                false
-            }
-        }
+        arrived = tokio::select! {
+            () = sink.gone() => return,
+            waited = timeout(keep_alive, writer.flow.next()) => match waited {
+                Ok(events) => events,
+                Err(_) => {
+                    writer.out.push(Part::Waiting);
+                    Some(Vec::new())
+                }
+            },
+        };
     }
 }
 
-/// Events in, bytes of server-sent events out. Pure but for the ids of tool calls.
+/// Events in, parts of the answer out. Pure but for the ids of tool calls.
 struct Writer {
     shape: Shape,
     flow: Flow,
-    out: BytesMut,
+    out: Vec<Part>,
+    /// What the client had at the start, by choice.
+    have: Vec<Have>,
+    /// Tokens in pieces so far, by choice.
+    written: Vec<u32>,
     failure: Option<RequestError>,
     /// Sent once, with the first piece after it is known.
     tenantry: Option<Tenantry>,
@@ -131,21 +103,68 @@ struct Writer {
     echoed: bool,
 }
 
+/// What a piece does for its choice.
+#[derive(Debug, Clone, Copy)]
+struct Carries {
+    choice: u32,
+    n_tokens: u32,
+    opens: bool,
+    ends: bool,
+}
+
+impl Carries {
+    fn opening(choice: u32) -> Self {
+        Self { choice, n_tokens: 0, opens: true, ends: false }
+    }
+
+    fn tokens(choice: u32, n_tokens: usize) -> Self {
+        Self { choice, n_tokens: count(n_tokens), opens: false, ends: false }
+    }
+
+    fn ending(choice: u32, n_tokens: usize) -> Self {
+        Self { ends: true, ..Self::tokens(choice, n_tokens) }
+    }
+}
+
 impl Writer {
-    fn new(shape: Shape, flow: Flow) -> Self {
+    fn new(shape: Shape, flow: Flow, have: Vec<Have>) -> Self {
         let tenantry = flow.tenantry();
         let told_fallback = tenantry.is_some();
         let echo_characters = vec![0; flow.parts.len()];
+        let written = vec![0; flow.parts.len() * shape.n as usize];
         Self {
             shape,
             flow,
-            out: BytesMut::new(),
+            out: Vec::new(),
+            have,
+            written,
             failure: None,
             tenantry,
             told_fallback,
             echo_characters,
             echoed: false,
         }
+    }
+
+    /// Writes a piece unless the client has it.
+    fn piece<T: Serialize>(&mut self, carries: Carries, make: impl FnOnce(&mut Self) -> T) {
+        let Carries { choice, n_tokens, opens, ends } = carries;
+        let have = self.have.get(choice as usize).copied().unwrap_or_default();
+        let first = self.written[choice as usize];
+        let next = first + n_tokens;
+        self.written[choice as usize] = next;
+        let has_tokens = next <= have.next;
+        if has_tokens && (!opens || have.opened) && (!ends || have.ended) && (n_tokens > 0 || opens || ends) {
+            return;
+        }
+        if first < have.next && !has_tokens {
+            // Pieces are cut alike everywhere: this client counts otherwise than we told it.
+            let message = "what the client says it has ends inside a piece; hint: send the request again";
+            self.failure = Some(RequestError::new(ErrorKind::Conflict, "resume_misfit", message));
+            return;
+        }
+        let json = serde_json::to_vec(&make(self)).expect("response types have string keys and finite numbers");
+        self.out.push(Part::Piece(Piece { choice, first, n_tokens, opens, ends, json }));
     }
 
     /// The role chunk of each choice.
@@ -155,16 +174,12 @@ impl Writer {
         }
         let ids = self.shape.return_token_ids.then(|| self.flow.parts[0].prompt_tokens.to_vec());
         for index in 0..self.shape.n {
-            let delta = Delta { role: Some("assistant"), content: Some(String::new()), tool_calls: Vec::new() };
-            let mut chunk = self.chat_chunk(vec![ChunkChoice {
-                index,
-                delta,
-                logprobs: None,
-                finish_reason: None,
-                token_ids: None,
-            }]);
-            chunk.prompt_token_ids = ids.clone().filter(|_| index == 0);
-            frame(&mut self.out, &chunk);
+            let ids = ids.clone().filter(|_| index == 0);
+            self.piece(Carries::opening(index), |writer| {
+                let delta = Delta { role: Some("assistant"), content: Some(String::new()), tool_calls: Vec::new() };
+                let choice = ChunkChoice { index, delta, logprobs: None, finish_reason: None, token_ids: None };
+                ChatChunk { prompt_token_ids: ids, ..writer.chat_chunk(vec![choice]) }
+            });
         }
     }
 
@@ -192,7 +207,7 @@ impl Writer {
                 }
             }
         }
-        self.flow.is_complete()
+        self.failure.is_some() || self.flow.is_complete()
     }
 
     /// The pieces for what is new of a choice.
@@ -205,30 +220,34 @@ impl Writer {
     }
 
     fn chat_fresh(&mut self, index: u32, mut fresh: Fresh, ending: Option<Ending>) {
-        if !fresh.text.is_empty() {
+        let has_calls = ending.as_ref().is_some_and(|ending| !ending.calls.is_empty());
+        if !fresh.text.is_empty() && !has_calls {
             let fresh = std::mem::take(&mut fresh);
-            let logprobs = answer::chat_logprobs(&self.shape, &self.flow.parts[0], &fresh);
-            let token_ids = self.shape.return_token_ids.then_some(fresh.ids);
-            let delta = Delta { content: Some(fresh.text), ..Delta::default() };
-            let chunk = self.chat_chunk(vec![ChunkChoice { index, delta, logprobs, finish_reason: None, token_ids }]);
-            frame(&mut self.out, &chunk);
+            self.chat_piece(Carries::tokens(index, fresh.ids.len()), fresh, Vec::new(), None);
         }
         let Some(ending) = ending else { return };
-        if !ending.calls.is_empty() {
-            let calls = ending.calls.into_iter().zip(0_u32..).map(|(call, idx)| answer::tool_call(call, Some(idx)));
-            let delta = Delta { tool_calls: calls.collect(), ..Delta::default() };
-            let choice = ChunkChoice { index, delta, logprobs: None, finish_reason: None, token_ids: None };
-            let chunk = self.chat_chunk(vec![choice]);
-            frame(&mut self.out, &chunk);
+        let reason = Some(ending.reason);
+        if has_calls && !fresh.ids.is_empty() {
+            // A piece of its own needs tokens of its own; text that was held back goes with the calls.
+            let fresh = std::mem::take(&mut fresh);
+            self.chat_piece(Carries::tokens(index, fresh.ids.len()), fresh, ending.calls, None);
+            return self.chat_piece(Carries::ending(index, 0), Fresh::default(), Vec::new(), reason);
         }
         // Tokens without text, such as the end of the answer, go with the last chunk.
-        let logprobs =
-            answer::chat_logprobs(&self.shape, &self.flow.parts[0], &fresh).filter(|all| !all.content.is_empty());
-        let token_ids = self.shape.return_token_ids.then_some(fresh.ids);
-        let finish_reason = Some(ending.reason);
-        let choice = ChunkChoice { index, delta: Delta::default(), logprobs, finish_reason, token_ids };
-        let chunk = self.chat_chunk(vec![choice]);
-        frame(&mut self.out, &chunk);
+        self.chat_piece(Carries::ending(index, fresh.ids.len()), fresh, ending.calls, reason);
+    }
+
+    fn chat_piece(&mut self, carries: Carries, fresh: Fresh, calls: Vec<Call>, finish_reason: Option<&'static str>) {
+        self.piece(carries, |writer| {
+            let logprobs = answer::chat_logprobs(&writer.shape, &writer.flow.parts[0], &fresh);
+            let logprobs = logprobs.filter(|all| !all.content.is_empty() || finish_reason.is_none());
+            let calls = calls.into_iter().zip(0_u32..).map(|(call, idx)| answer::tool_call(call, Some(idx)));
+            let content = (!fresh.text.is_empty()).then_some(fresh.text);
+            let delta = Delta { content, tool_calls: calls.collect(), ..Delta::default() };
+            let token_ids = writer.shape.return_token_ids.then_some(fresh.ids);
+            let index = carries.choice;
+            writer.chat_chunk(vec![ChunkChoice { index, delta, logprobs, finish_reason, token_ids }])
+        });
     }
 
     fn text_fresh(&mut self, prompt_idx: usize, choice: u32, fresh: Fresh, ending: Option<Ending>) {
@@ -239,9 +258,10 @@ impl Writer {
         let part = &self.flow.parts[prompt_idx];
         let mut logprobs = CompletionLogprobs::default();
         answer::add_answer_logprobs(&mut logprobs, part, &fresh.logprobs, self.echo_characters[prompt_idx]);
-        let piece =
-            self.text_piece(prompt_idx, choice, fresh.text, logprobs, fresh.ids, ending.map(|ending| ending.reason));
-        frame(&mut self.out, &piece);
+        let index = self.index(prompt_idx, choice);
+        let reason = ending.map(|ending| ending.reason);
+        let carries = Carries { ends: reason.is_some(), ..Carries::tokens(index, fresh.ids.len()) };
+        self.piece(carries, |writer| writer.text_piece(index, fresh.text, logprobs, fresh.ids, reason));
     }
 
     /// First pieces: the prompt's text when it is to be echoed, and its ids. Sent when the prompt's
@@ -258,32 +278,31 @@ impl Writer {
             let (text, logprobs) = echo.map(|echo| (echo.text, echo.logprobs)).unwrap_or_default();
             self.echo_characters[prompt_idx] = count(text.chars().count());
             for choice in 0..self.shape.n {
-                let mut piece = self.text_piece(prompt_idx, choice, text.clone(), logprobs.clone(), Vec::new(), None);
-                let ids = self.flow.parts[prompt_idx].prompt_tokens.to_vec();
-                piece.choices[0].prompt_token_ids = self.shape.return_token_ids.then_some(ids);
-                frame(&mut self.out, &piece);
+                let index = self.index(prompt_idx, choice);
+                let (text, logprobs) = (text.clone(), logprobs.clone());
+                self.piece(Carries::opening(index), |writer| {
+                    let mut piece = writer.text_piece(index, text, logprobs, Vec::new(), None);
+                    let ids = writer.flow.parts[prompt_idx].prompt_tokens.to_vec();
+                    piece.choices[0].prompt_token_ids = writer.shape.return_token_ids.then_some(ids);
+                    piece
+                });
             }
         }
     }
 
-    /// The last pieces: an error or the usage, then the end mark.
+    /// The last parts: an error or the usage, then the end mark.
     fn close(&mut self) {
-        if let Some(error) = &self.failure {
-            frame(&mut self.out, &error_body(error));
+        if let Some(error) = self.failure.take() {
+            self.out.push(Part::Failed(error));
         } else if self.shape.include_usage {
             let usage = Some(Some(self.flow.usage()));
-            match self.shape.kind {
-                Kind::Chat => {
-                    let chunk = ChatChunk { usage, ..self.chat_chunk(Vec::new()) };
-                    frame(&mut self.out, &chunk);
-                }
-                Kind::Text { .. } => {
-                    let piece = Completion { usage, ..self.completion(Vec::new()) };
-                    frame(&mut self.out, &piece);
-                }
-            }
+            let json = match self.shape.kind {
+                Kind::Chat => serde_json::to_vec(&ChatChunk { usage, ..self.chat_chunk(Vec::new()) }),
+                Kind::Text { .. } => serde_json::to_vec(&Completion { usage, ..self.completion(Vec::new()) }),
+            };
+            self.out.push(Part::Extra(json.expect("response types have string keys and finite numbers")));
         }
-        self.out.extend_from_slice(b"data: [DONE]\n\n");
+        self.out.push(Part::Done);
     }
 
     /// `usage` of an ordinary piece: absent, null or the count so far.
@@ -321,17 +340,21 @@ impl Writer {
         }
     }
 
+    /// Number of a choice among those of all prompts.
+    fn index(&self, prompt_idx: usize, choice: u32) -> u32 {
+        count(prompt_idx) * self.shape.n + choice
+    }
+
     fn text_piece(
         &mut self,
-        prompt_idx: usize,
-        choice: u32,
+        index: u32,
         text: String,
         logprobs: CompletionLogprobs,
         ids: Vec<u32>,
         finish_reason: Option<&'static str>,
     ) -> Completion {
         let choice = CompletionChoice {
-            index: count(prompt_idx) * self.shape.n + choice,
+            index,
             text,
             logprobs: (self.shape.logprobs && !logprobs.tokens.is_empty()).then_some(logprobs),
             finish_reason,
@@ -341,11 +364,4 @@ impl Writer {
         };
         self.completion(vec![choice])
     }
-}
-
-fn frame(out: &mut BytesMut, piece: &impl Serialize) {
-    let json = serde_json::to_vec(piece).expect("response types have string keys and finite numbers");
-    out.extend_from_slice(b"data: ");
-    out.extend_from_slice(&json);
-    out.extend_from_slice(b"\n\n");
 }

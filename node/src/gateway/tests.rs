@@ -4,6 +4,7 @@ mod fake;
 mod shapes;
 mod refusals;
 mod streams;
+mod resumed;
 
 use std::sync::Arc;
 use std::time::Duration;

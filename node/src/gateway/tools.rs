@@ -6,7 +6,7 @@
 
 pub mod calls;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use shared::error::RequestError;
 use shared::request::Grammar;
@@ -33,7 +33,7 @@ struct Tool {
 }
 
 /// Whether the model must call.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Choice {
     /// If it wants.
     Auto,
@@ -44,7 +44,7 @@ pub enum Choice {
 }
 
 /// How the answer of a request with tools is read.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ToolUse {
     /// What was asked for.
     pub choice: Choice,

@@ -3,6 +3,7 @@
 use serde::Serialize;
 use serde_json::{Map, Value};
 use shared::error::RequestError;
+use shared::id::RequestId;
 use utoipa::ToSchema;
 
 use super::{Common, FromHeaders, Unsupported, missing, refuse_unsupported, token_ids, unsupported};
@@ -83,7 +84,10 @@ impl CompletionRequest {
 
     /// One request per prompt, in order.
     pub fn prepare(&self, from_headers: FromHeaders) -> Result<Vec<Prepared>, RequestError> {
-        let one = |prompt: &Prompt| {
+        let one = |(idx, prompt): (u32, &Prompt)| {
+            // Of several prompts each needs an id of its own, the same every time.
+            let id = from_headers.id.map(|id| RequestId(id.0 ^ u128::from(idx) << 64));
+            let from_headers = FromHeaders { id, ..from_headers };
             let input = match prompt {
                 Prompt::Text(text) => Input::Text { text: text.clone(), add_special: self.add_special_tokens },
                 Prompt::Tokens(ids) => Input::Tokens(ids.clone()),
@@ -94,7 +98,7 @@ impl CompletionRequest {
             }
             Ok(prepared)
         };
-        self.prompt.iter().map(one).collect()
+        (0..).zip(&self.prompt).map(one).collect()
     }
 }
 

@@ -5,16 +5,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use ::wire::client::Have;
 use parking_lot::Mutex;
 use shared::clock::{Clock, SystemClock};
 use shared::error::{ErrorKind, RequestError};
-use shared::id::TenantId;
+use shared::id::{RequestId, TenantId};
 use shared::token::{FinishReason, PositionLogprobs, TokenEvent, TokenLogprob};
 use tokio::sync::mpsc;
 
 use crate::gateway::backend::{
-    Backend, CancelOnDrop, Check, Input, ModelCard, Piece, Prepared, RateState, Refused, Running, Served, TokenText,
-    model_not_found,
+    Backend, CancelOnDrop, Check, Input, ModelCard, Piece, Prepared, RateState, Refused, Resumed, Running, Served,
+    TokenText, model_not_found,
 };
 
 /// What happens to a request.
@@ -62,6 +63,8 @@ pub(super) struct Fake {
     pub(super) impersonations: AtomicUsize,
     /// Whether the served model is a fallback.
     pub(super) fell_back: bool,
+    /// Remembers requests, as the nodes of a cluster do.
+    pub(super) keeps: bool,
     pub(super) clock: SystemClock,
 }
 
@@ -74,6 +77,7 @@ impl Fake {
             dropped: Arc::default(),
             impersonations: AtomicUsize::new(0),
             fell_back: false,
+            keeps: false,
             clock: SystemClock,
         }
     }
@@ -207,6 +211,26 @@ impl Backend for Fake {
             token_text: Arc::new(Bytes),
             rate: Some(rate()),
         })
+    }
+
+    fn keeps_records(&self) -> bool {
+        self.keeps
+    }
+
+    fn request_id(&self, _who: &TenantId, key: &[u8]) -> RequestId {
+        RequestId(u128::from(key.iter().map(|&byte| u64::from(byte)).sum::<u64>()))
+    }
+
+    /// Plays the request again: what the client has seen comes first.
+    async fn resume(&self, who: &TenantId, id: RequestId, _have: &[Have]) -> Result<Resumed, RequestError> {
+        let known =
+            |seen: &&Prepared| seen.id == id && seen.answering.is_some() && self.keeps && who.as_str() == "acme";
+        let record = self.seen.lock().iter().find(known).cloned();
+        let gone = || RequestError::new(ErrorKind::NotFound, "stream_gone", "nobody remembers it");
+        let record = record.ok_or_else(gone)?;
+        let answering = record.answering.clone().expect("looked at above");
+        let running = self.submit(who, record).await.map_err(|refused| refused.error)?;
+        Ok(Resumed { running, answering })
     }
 
     fn checks(&self) -> Vec<Check> {
