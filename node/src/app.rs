@@ -6,6 +6,7 @@
 mod encode;
 pub mod serve;
 mod change;
+mod resume;
 mod follow;
 pub mod upload;
 
@@ -18,6 +19,7 @@ use ::wire::client::Have;
 use adapters::Store;
 use coordinator::admission::{Admission, Demand, RateStatus, Reservation};
 use coordinator::auth::{AuthError, AuthedTenant, Scope};
+use coordinator::journal::idempotency::RequestIds;
 use coordinator::registry::Registry;
 use coordinator::resolve::{Target, resolve, visible_models};
 use parking_lot::Mutex;
@@ -60,6 +62,7 @@ pub struct App {
     /// An operator wants the node to end.
     asked_to_end: Notify,
     prewarmer: Prewarmer,
+    request_ids: RequestIds,
     /// Places for encoding long inputs and compiling grammars, so that they never crowd out the engine.
     encoding: Semaphore,
     /// Places for checking uploads, each of which holds a whole file in memory.
@@ -86,6 +89,8 @@ pub struct AppParts {
     pub journal: Journal,
     /// The other nodes; `None` for a node alone.
     pub cluster: Option<Arc<ClusterNode>>,
+    /// Ids of requests with idempotency keys; the same at every node.
+    pub request_ids: RequestIds,
 }
 
 // === impl App ===
@@ -93,7 +98,7 @@ pub struct AppParts {
 impl App {
     /// Puts the parts together.
     pub fn new(parts: AppParts) -> Self {
-        let AppParts { config, node, clock, registry, rooms, store, journal, cluster } = parts;
+        let AppParts { config, node, clock, registry, rooms, store, journal, cluster, request_ids } = parts;
         let (draining, encoding) = (AtomicBool::new(false), Semaphore::new(ENCODING_AT_ONCE));
         let (checking, changing) = (Semaphore::new(upload::CHECKED_AT_ONCE), tokio::sync::Mutex::default());
         let (admission, stop) = (Arc::default(), watch::Sender::new(false));
@@ -111,6 +116,7 @@ impl App {
             stop,
             asked_to_end: Notify::new(),
             prewarmer: Prewarmer::default(),
+            request_ids,
             encoding,
             checking,
             changing,
@@ -280,7 +286,10 @@ impl App {
         // cluster says, and whatever is wrong there comes as an event.
         let envelope = Arc::new(self.envelope(who, &contract, &target, &request, Arc::clone(&generation), now));
         let serving = match &self.cluster {
-            Some(cluster) => cluster.forward(Envelope::clone(&envelope), &contract),
+            Some(cluster) => {
+                let answer = request.answering.take().map(|answering| self.kept(who, &contract, &request, answering));
+                cluster.forward(Envelope::clone(&envelope), &contract, Emitted::default(), 0, answer)
+            }
             None => match self.serve(Arc::clone(&envelope), Emitted::default(), 0).await {
                 Ok(serving) => serving,
                 Err(error) => return Err(Refused { error, rate: Some(rate_state(admitted.rate)) }),
@@ -289,7 +298,12 @@ impl App {
 
         let tap = self.tap(who, &contract, &envelope, reserved.keep());
         let events = Events::new(serving.events, Box::new(tap)).until(self.stop.subscribe());
-        Ok(running(&room, request, &envelope, events, admitted.rate, serving.cancel))
+        Ok(running(&room, request.model, &envelope, events, Some(admitted.rate), serving.cancel))
+    }
+
+    fn kept(&self, who: &AuthedTenant, contract: &TenantContract, request: &Prepared, answering: Vec<u8>) -> Vec<u8> {
+        let (key, cost_center, model) = (who.key_id().to_string(), contract.cost_center.clone(), request.model.clone());
+        resume::Kept { key, cost_center, model, answering }.write()
     }
 
     fn envelope(
@@ -387,15 +401,15 @@ impl Backend for App {
     }
 
     fn keeps_records(&self) -> bool {
-        false
+        self.cluster.is_some()
     }
 
-    fn request_id(&self, _who: &AuthedTenant, _key: &[u8]) -> RequestId {
-        RequestId::random()
+    fn request_id(&self, who: &AuthedTenant, key: &[u8]) -> RequestId {
+        self.request_ids.of(who.tenant(), key)
     }
 
-    async fn resume(&self, _who: &AuthedTenant, _request: RequestId, _have: &[Have]) -> Result<Resumed, RequestError> {
-        Err(RequestError::new(ErrorKind::NotFound, "stream_gone", "gone"))
+    async fn resume(&self, who: &AuthedTenant, request: RequestId, have: &[Have]) -> Result<Resumed, RequestError> {
+        self.go_on(who, request, have).await
     }
 
     fn checks(&self) -> Vec<Check> {
@@ -451,14 +465,14 @@ impl Drop for Reserved<'_> {
 
 fn running(
     room: &BaseRoom,
-    request: Prepared,
+    model: String,
     envelope: &Envelope,
     events: Events,
-    rate: RateStatus,
+    rate: Option<RateStatus>,
     cancel: CancelOnDrop,
 ) -> Running {
     let served = Served {
-        model: request.model,
+        model,
         base: envelope.base.to_string(),
         adapter: envelope.adapter.as_ref().map(|pin| pin.name.to_string()),
         adapter_hash: envelope.adapter.as_ref().map(|pin| pin.hash.to_string()),
@@ -471,7 +485,7 @@ fn running(
         served,
         prompt_tokens: Arc::clone(&envelope.generation.prompt),
         token_text: Arc::new(encode::TokenTexts(Arc::clone(&room.vocabulary))),
-        rate: Some(rate_state(rate)),
+        rate: rate.map(rate_state),
     }
 }
 

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use coordinator::actor::{Coordinator, CoordinatorOptions, Heart};
 use coordinator::forward::{Carrier, Forwarder, Journey, Lost, Run};
+use coordinator::journal::records::{Records, furthest};
+use coordinator::journal::whom_to_ask;
 use coordinator::membership::detector::Health;
 use coordinator::membership::{Member, MemberSpec, Own};
 use coordinator::registry::cluster::{Answer as RegistryAnswer, Transport, TransportError};
@@ -17,15 +19,17 @@ use coordinator::registry::snapshot::Snapshot;
 use coordinator::ring::RingKey;
 use coordinator::route::{DEFAULT_POOL, Place, PlacedTenant};
 use futures_util::future::BoxFuture;
+use parking_lot::Mutex;
 use peer::{Authority, EndpointParts, Exchange, Identity, PeerError, PeerNet, PeerNetConfig};
 use shared::clock::Clock;
 use shared::cluster::{Heartbeat, NodeLoad, NodePhase};
 use shared::config::{ClusterConfig, NodeConfig};
-use shared::id::{BaseName, NodeId};
+use shared::error::RequestError;
+use shared::id::{BaseName, NodeId, RequestId};
 use shared::request::{Emitted, Envelope};
 use shared::tenant::TenantContract;
 use tokio::sync::{mpsc, watch};
-use wire::node::{Answer, Hello, Request, Response, ServedBase, Start};
+use wire::node::{Answer, Hello, JournalDelta, JournalRecord, Request, Response, ServedBase, Start};
 
 use crate::app::App;
 use crate::app::serve::{EVENTS_WAITING_MAX, Serving};
@@ -35,6 +39,10 @@ use crate::gateway::backend::CancelOnDrop;
 const HAND_OUT_WITHIN: Duration = Duration::from_secs(2);
 /// A node that starts waits this long for the others before it calls itself ready without them.
 const LOOK_ROUND: Duration = Duration::from_secs(3);
+/// Longest wait for another node's record.
+const TAKE_WITHIN: Duration = Duration::from_millis(500);
+/// Longest wait for another node to write into a record.
+const KEEP_WITHIN: Duration = Duration::from_secs(1);
 /// The registry's only group of nodes.
 const REGISTRY_GROUP: u32 = 0;
 
@@ -55,6 +63,8 @@ pub struct ClusterNode {
     /// Requests of other nodes that run here.
     n_guests: watch::Sender<usize>,
     roads: Arc<Roads>,
+    /// What this node keeps of other nodes' requests.
+    records: Mutex<Records>,
     clock: Arc<dyn Clock>,
     started_at: Instant,
 }
@@ -147,6 +157,7 @@ impl ClusterNode {
             phase: watch::Sender::new(NodePhase::Serving),
             n_guests: watch::Sender::new(0),
             roads,
+            records: Mutex::default(),
             started_at: clock.now(),
             clock,
         })
@@ -222,14 +233,68 @@ impl ClusterNode {
     }
 
     /// Sends an admitted request to where it runs. Its events come whatever happens to nodes.
-    pub fn forward(&self, envelope: Envelope, contract: &TenantContract) -> Serving {
+    ///
+    /// `emitted` is what its client has after `attempt` runs; `answer` goes into the record from which another node can
+    /// go on, without it there is none.
+    pub fn forward(
+        &self,
+        envelope: Envelope,
+        contract: &TenantContract,
+        emitted: Emitted,
+        attempt: u32,
+        answer: Option<Vec<u8>>,
+    ) -> Serving {
         let (sink, events) = mpsc::channel(EVENTS_WAITING_MAX);
         let place = place(&envelope.base, contract);
-        let journey = Journey { envelope, place, emitted: Emitted::default(), attempt: 0 };
+        let journey = Journey { envelope, place, emitted, attempt };
         let forwarder = Arc::clone(&self.forwarder);
-        tokio::spawn(async move { forwarder.forward(journey, sink).await });
+        tokio::spawn(async move {
+            match answer {
+                Some(answer) => forwarder.forward_kept(journey, answer, sink).await,
+                None => forwarder.forward(journey, sink).await,
+            }
+        });
         // It ends with the last receiver of its events.
         Serving { events, cancel: CancelOnDrop::new(|| {}) }
+    }
+}
+
+/// The records of other nodes' requests (see [`coordinator::journal`]).
+impl ClusterNode {
+    /// Another node's request, to be kept.
+    pub fn keep(&self, from: &NodeId, request: JournalRecord) -> Result<(), RequestError> {
+        self.records.lock().open(self.clock.now(), from, request)
+    }
+
+    /// More of what is kept.
+    pub fn keep_more(&self, from: &NodeId, deltas: &[JournalDelta]) -> Result<(), RequestError> {
+        let (now, mut records) = (self.clock.now(), self.records.lock());
+        deltas.iter().try_for_each(|delta| records.put(now, from, delta))
+    }
+
+    /// Hands a record out to a node that goes on with its request.
+    pub fn hand_out(&self, id: RequestId) -> Option<JournalRecord> {
+        self.records.lock().take(self.clock.now(), id)
+    }
+
+    /// Forgets old records; those whose entry node never said how they ended.
+    pub fn forget_records(&self) -> Vec<JournalRecord> {
+        self.records.lock().forget(self.clock.now())
+    }
+
+    /// The record of a request, from whoever keeps it. Its former entry node may write no more.
+    pub async fn take_record(&self, id: RequestId) -> Option<JournalRecord> {
+        let table = self.coordinator.tables().borrow().clone();
+        let (here, others): (Vec<_>, Vec<_>) = whom_to_ask(&table, id).into_iter().partition(|node| node == table.me());
+        let ask = |node: NodeId| async move {
+            match self.net.call(&node, &Request::JournalTake { id }, TAKE_WITHIN).await {
+                Ok(Response::Journal(record)) => record.map(|record| *record),
+                Ok(_) | Err(_) => None,
+            }
+        };
+        let there = futures_util::future::join_all(others.into_iter().map(ask)).await;
+        let here = here.first().and_then(|_| self.hand_out(id));
+        furthest(there.into_iter().flatten().chain(here))
     }
 }
 
@@ -275,6 +340,10 @@ impl Carrier for Roads {
             Ok(serving) => Leg::Here { serving, attempt },
             Err(error) => Leg::Refused(Some(Answer::Refused(error))),
         })
+    }
+
+    async fn keep(&self, node: &NodeId, request: Request) -> Result<Response, Lost> {
+        self.net.call(node, &request, KEEP_WITHIN).await.map_err(lost)
     }
 }
 

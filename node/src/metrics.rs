@@ -111,6 +111,10 @@ fn describe() {
         "tenantry_prewarms_total",
         "Adapters fetched before they were asked for, by reason: plan (of this node) or hint (of another)."
     );
+    describe_counter!(
+        "tenantry_requests_resumed_total",
+        "Requests that go on here after their entry node or connection was lost, by tenant."
+    );
     describe_histogram!(
         "tenantry_time_to_first_token_seconds",
         "Admission to first delivered token, by tenant, adapter and tier."
@@ -362,6 +366,11 @@ pub fn connection_refused() {
 /// The node ended a stream.
 pub fn stream_cut(reason: &'static str) {
     counter!("tenantry_streams_cut_total", "reason" => reason).increment(1);
+}
+
+/// A request goes on here.
+pub fn resumed(tenant: &TenantId) {
+    counter!("tenantry_requests_resumed_total", "tenant" => tenant_label(tenant)).increment(1);
 }
 
 /// An adapter is fetched before somebody asks for it.

@@ -185,6 +185,7 @@ fn join(app: &Arc<App>) {
             let Some(app) = weak.upgrade() else { return };
             let Some(cluster) = app.cluster() else { return };
             cluster.say(cluster.phase(), app.load());
+            cluster.forget_records().into_iter().for_each(|record| app.bill_for_another(record));
             if snapshots.has_changed().is_ok_and(|changed| changed) {
                 let snapshot = snapshots.borrow_and_update().clone();
                 cluster.expect_tenants(&snapshot);

@@ -29,6 +29,8 @@ pub struct Cluster {
 pub struct Streamed {
     /// Token ids, in order of arrival.
     pub ids: Vec<u32>,
+    /// Id of the last event: what to send to go on.
+    pub last_event: Option<String>,
     /// Why it ended, as the last chunk says; `None` when it broke off.
     pub finish: Option<String>,
     /// What went wrong.
@@ -85,12 +87,17 @@ fn let_in(folder: &Path, places: &[NodePlace]) {
 impl Streaming {
     /// Sends a completion with `"stream": true` to this node.
     pub fn start(node: &NodeProcess, key: &str, body: &Value) -> Self {
+        Self::go_on(node, key, body, None)
+    }
+
+    /// Asks for the rest of a stream behind this event.
+    pub fn go_on(node: &NodeProcess, key: &str, body: &Value, last_event: Option<String>) -> Self {
         let (url, key, mut body) = (format!("{}/v1/completions", node.url()), key.to_owned(), body.clone());
         body["stream"] = json!(true);
         body["return_token_ids"] = json!(true);
         let n_tokens = Arc::new(AtomicUsize::new(0));
         let counter = Arc::clone(&n_tokens);
-        Self { n_tokens, thread: std::thread::spawn(move || stream(&url, &key, &body, &counter)) }
+        Self { n_tokens, thread: std::thread::spawn(move || stream(&url, &key, &body, last_event, &counter)) }
     }
 
     /// Tokens that have arrived.
@@ -109,10 +116,11 @@ impl Streaming {
     }
 }
 
-fn stream(url: &str, key: &str, body: &Value, counter: &AtomicUsize) -> Streamed {
+fn stream(url: &str, key: &str, body: &Value, last_event: Option<String>, counter: &AtomicUsize) -> Streamed {
     let mut streamed = Streamed::default();
     let sent = SystemClock.now();
     let request = agent().post(url).header("authorization", format!("Bearer {key}"));
+    let request = last_event.into_iter().fold(request, |request, id| request.header("last-event-id", id));
     let response = match request.header("content-type", "application/json").send(body.to_string()) {
         Ok(response) if response.status() == 200 => response,
         Ok(response) => {
@@ -133,6 +141,9 @@ fn stream(url: &str, key: &str, body: &Value, counter: &AtomicUsize) -> Streamed
                 break;
             }
         };
+        if let Some(id) = line.strip_prefix("id: ") {
+            streamed.last_event = Some(id.to_owned());
+        }
         let Some(data) = line.strip_prefix("data: ").filter(|data| *data != "[DONE]") else { continue };
         let event: Value = serde_json::from_str(data).expect("an event is JSON");
         if !event["error"].is_null() {

@@ -369,6 +369,14 @@ impl NodeProcess {
         read(request.send(body).expect("the node answers"))
     }
 
+    /// POST of JSON on the client port with one more header.
+    pub fn post_with(&self, path: &str, key: &str, header: (&str, &str), body: &Value) -> Answer {
+        let request = self.agent.post(format!("{}{path}", self.url())).header(header.0, header.1);
+        let request =
+            request.header("authorization", format!("Bearer {key}")).header("content-type", "application/json");
+        read(request.send(body.to_string()).expect("the node answers"))
+    }
+
     /// Any request on the admin port with the operator's key; an empty body is none.
     pub fn admin(&self, method: &str, path: &str, body: &str) -> Answer {
         let request = ureq::http::Request::builder()

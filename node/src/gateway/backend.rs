@@ -5,6 +5,7 @@
 //! this trait. No HTTP type crosses it.
 
 use std::borrow::Cow;
+use std::collections::VecDeque;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -181,6 +182,8 @@ pub struct Events {
     receiver: mpsc::Receiver<TokenEvent>,
     tap: Option<Box<dyn EventTap>>,
     stop: Option<watch::Receiver<bool>>,
+    /// What comes first: the part of an answer that its client has.
+    before: VecDeque<TokenEvent>,
 }
 
 /// Sees every event that the reply takes; dropped when the reply is over, however it ends.
@@ -195,7 +198,12 @@ pub trait EventTap: Send {
 impl Events {
     /// Events that `tap` sees.
     pub fn new(receiver: mpsc::Receiver<TokenEvent>, tap: Box<dyn EventTap>) -> Self {
-        Self { receiver, tap: Some(tap), stop: None }
+        Self { receiver, tap: Some(tap), stop: None, before: VecDeque::new() }
+    }
+
+    /// Puts events before those that come.
+    pub fn after(self, before: VecDeque<TokenEvent>) -> Self {
+        Self { before, ..self }
     }
 
     /// Ends the events with the error of a stopping node as soon as `stop` is true.
@@ -205,15 +213,9 @@ impl Events {
 
     /// The next event; `None` when the engine has let go of the request.
     pub async fn recv(&mut self) -> Option<TokenEvent> {
-        let event = tokio::select! {
-            biased;
-            event = self.receiver.recv() => event,
-            () = stopped(&mut self.stop) => {
-                // Nothing follows a failure, and the engine notices that nobody listens.
-                self.receiver.close();
-                self.stop = None;
-                Some(TokenEvent::Failed(node_stopping()))
-            }
+        let event = match self.before.pop_front() {
+            Some(event) => Some(event),
+            None => self.next().await,
         };
         match (&mut self.tap, &event) {
             (Some(tap), Some(event)) => tap.observe(event),
@@ -222,12 +224,25 @@ impl Events {
         }
         event
     }
+
+    async fn next(&mut self) -> Option<TokenEvent> {
+        tokio::select! {
+            biased;
+            event = self.receiver.recv() => event,
+            () = stopped(&mut self.stop) => {
+                // Nothing follows a failure, and the engine notices that nobody listens.
+                self.receiver.close();
+                self.stop = None;
+                Some(TokenEvent::Failed(node_stopping()))
+            }
+        }
+    }
 }
 
 impl From<mpsc::Receiver<TokenEvent>> for Events {
     /// Events that nobody counts.
     fn from(receiver: mpsc::Receiver<TokenEvent>) -> Self {
-        Self { receiver, tap: None, stop: None }
+        Self { receiver, tap: None, stop: None, before: VecDeque::new() }
     }
 }
 

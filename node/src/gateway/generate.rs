@@ -85,7 +85,7 @@ impl Generate {
     /// # Errors
     /// Every refusal of admission; `idempotency_key_reused` when its key was used for another request.
     pub async fn start<B: Backend>(self, backend: &B, who: &B::Who) -> Result<Started, Refused> {
-        let Self { mut prepared, answering, keyed, .. } = self;
+        let Self { mut prepared, answering, stream, keyed } = self;
         if let ([one], true) = (&prepared[..], keyed) {
             match backend.resume(who, one.id, &[]).await {
                 Ok(resumed) => {
@@ -100,7 +100,8 @@ impl Generate {
             }
         }
         let resumable = match &mut prepared[..] {
-            [one] if backend.keeps_records() => {
+            // Nobody comes back for any other.
+            [one] if (stream || keyed) && backend.keeps_records() => {
                 one.answering = Some(answering.write());
                 Some(one.id)
             }

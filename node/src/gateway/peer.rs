@@ -152,9 +152,10 @@ impl PeerService for PeerDoor {
             }
             // The notice comes with the heartbeat, too, which says more.
             Request::DrainNotice { .. } => Response::Done,
-            Request::JournalOpen(_) | Request::JournalPut(_) | Request::JournalTake { .. } | Request::Probe { .. } => {
-                Response::Refused(not_here())
-            }
+            Request::JournalOpen(record) => done(self.cluster.keep(&from, *record)),
+            Request::JournalPut(deltas) => done(self.cluster.keep_more(&from, &deltas)),
+            Request::JournalTake { id } => Response::Journal(self.cluster.hand_out(id).map(Box::new)),
+            Request::Probe { .. } => Response::Refused(not_here()),
         }
     }
 
@@ -180,6 +181,10 @@ impl PeerService for PeerDoor {
             }
         }
     }
+}
+
+fn done(outcome: Result<(), RequestError>) -> Response {
+    outcome.map_or_else(Response::Refused, |()| Response::Done)
 }
 
 fn not_here() -> RequestError {

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use adapters::{AdapterCache, CacheConfig, DiskLoader, KeySource, Objects, Store};
 use anyhow::Context;
 use coordinator::auth::AdminKey;
+use coordinator::journal::idempotency::RequestIds;
 use coordinator::registry::cluster::{Cluster, Member, Timing};
 use coordinator::registry::{Registry, RegistryOptions};
 use coordinator::ring::RingKey;
@@ -40,6 +41,7 @@ pub(super) async fn open(
     let options =
         RegistryOptions::load(&data.join("registry"), &data.join("cluster.key")).context("open the registry")?;
     let ring_key = RingKey::derive(&*options.cluster_key.derive("tenantry 2026 placement of tenants"));
+    let request_ids = RequestIds::derive(&*options.cluster_key.derive("tenantry 2026 ids of requests"));
     let admin_key =
         AdminKey::load_or_create(&data.join("admin.key"), &options.cluster_key).context("open the admin key")?;
     let mut models = BTreeMap::new();
@@ -61,7 +63,7 @@ pub(super) async fn open(
         rooms.insert(name, Arc::new(room));
     }
     let cluster = network.map(|network| ClusterNode::new(network, &config, &node.name, ring_key, Arc::clone(&clock)));
-    let app = App::new(AppParts { config, node, clock, registry, rooms, store, journal, cluster });
+    let app = App::new(AppParts { config, node, clock, registry, rooms, store, journal, cluster, request_ids });
     wake_engines_on_load(&app);
     Ok((app, admin_key))
 }

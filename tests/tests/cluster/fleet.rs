@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tests::cluster::{Cluster, Streamed, Streaming};
 use tests::operator::{self, GENEROUS};
-use tests::process::{NodeSpec, scratch};
+use tests::process::{NodeSpec, scratch, token_ids};
 
 /// Tenants: enough that each of three nodes is home to some.
 const N_TENANTS: usize = 9;
@@ -66,6 +66,39 @@ impl Fleet {
             }}});
         }
         body
+    }
+
+    /// Kills node `door` in mid-stream; every client goes on at `other`, from the last event it saw. Together they have
+    /// what nobody disturbed.
+    pub(crate) fn goes_on_elsewhere(&mut self, door: usize, other: usize) {
+        let streams: Vec<Streaming> = self.streams(door).collect();
+        while streams.iter().any(|stream| stream.n_tokens() < 5 && !stream.is_over()) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.cluster.nodes[door].kill();
+        let broken: Vec<Streamed> = streams.into_iter().map(Streaming::join).collect();
+        let n_broken = broken.iter().filter(|streamed| streamed.finish.is_none()).count();
+        assert!(n_broken > N_TENANTS / 2, "killed too late: {n_broken} streams were cut");
+        let node = &self.cluster.nodes[other];
+        let go_on = |(n, streamed): (usize, &Streamed)| {
+            Streaming::go_on(node, &self.keys[n], &Self::body(n), streamed.last_event.clone())
+        };
+        let rest: Vec<Streaming> = broken.iter().enumerate().map(go_on).collect();
+        for (n, (mut whole, rest)) in broken.into_iter().zip(rest).enumerate() {
+            whole.ids.extend(complete(rest.join(), &self.cluster).ids);
+            let at = whole.ids.iter().zip(&self.expected[n]).position(|(found, expected)| found != expected);
+            assert_eq!((at, whole.ids.len()), (None, self.expected[n].len()), "tenant {n}:\n{}", self.cluster.logs());
+        }
+    }
+
+    /// Asks as the first tenant with an idempotency key; the tokens of the answer.
+    pub(crate) fn keyed(&self, door: usize, idempotency_key: &str, body: &Value) -> Vec<u32> {
+        let mut body = body.clone();
+        body["return_token_ids"] = json!(true);
+        let header = ("idempotency-key", idempotency_key);
+        let answer = self.cluster.nodes[door].post_with("/v1/completions", &self.keys[0], header, &body);
+        assert_eq!(answer.status, 200, "{}\n{}", answer.text, self.cluster.logs());
+        token_ids(&answer.body["choices"][0])
     }
 
     /// One stream per tenant, through one node.

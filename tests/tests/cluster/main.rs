@@ -5,4 +5,5 @@
 
 mod fleet;
 mod kill;
+mod entry;
 mod doors;
