@@ -1,6 +1,7 @@
 //! `tenantry ctl`: every admin call as a command. Finds the node's admin port and key through `cluster.toml`,
 //! prints JSON or a short line, and decides nothing itself.
 
+mod ca;
 mod import;
 mod upload;
 
@@ -52,6 +53,11 @@ enum Command {
         #[arg(long)]
         tenants: bool,
     },
+    /// The cluster's authority: who is let in as a node.
+    #[command(subcommand)]
+    Ca(ca::CaCommand),
+    /// Join the cluster as a node of this machine, with an invitation of `ctl ca invite`.
+    Join(ca::JoinArgs),
     /// Let a node hand over what it has and end, as SIGTERM does.
     Drain {
         /// Which node.
@@ -258,6 +264,9 @@ enum TaskCommand {
 /// Runs one command.
 pub fn run(args: &CtlArgs) -> anyhow::Result<()> {
     let node = match &args.command {
+        // These need no node.
+        Command::Ca(command) => return ca::run(&ClusterConfig::load(&args.config)?, command),
+        Command::Join(join) => return ca::join(&ClusterConfig::load(&args.config)?, join),
         Command::Drain { name } => Some(name),
         _ => args.node.as_ref(),
     };
@@ -269,6 +278,7 @@ pub fn run(args: &CtlArgs) -> anyhow::Result<()> {
         Command::Drain { name } => {
             print(&client.send::<Value>("POST", "/admin/v1/drain", &DrainNode { node: name.clone() })?)
         }
+        Command::Ca(_) | Command::Join(_) => unreachable!("handled above, without a node"),
         Command::Tenant(command) => tenant(&client, command),
         Command::Key(command) => key(&client, command),
         Command::Adapter(command) => adapter(&client, command),
