@@ -170,8 +170,8 @@ impl PeerNet {
             peers,
             hello,
             endpoint,
+            refusals: Refusals::new(config.clock.clone()),
             clock: config.clock,
-            refusals: Refusals::default(),
             door: config.authority.map(Door::new),
         })))
     }

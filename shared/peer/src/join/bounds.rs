@@ -22,32 +22,16 @@ struct Failures {
 #[derive(Default)]
 pub(super) struct Bounds(BTreeMap<IpAddr, Failures>);
 
-/// Whether somebody may try.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
-    /// Yes.
-    Welcome,
-    /// No; `first` when it had not been told so since its first failure.
-    TooMany { first: bool },
-}
-
 // === impl Bounds ===
 
 impl Bounds {
-    pub(super) fn may(&mut self, from: IpAddr, now: Instant) -> Verdict {
+    /// Whether somebody may try.
+    pub(super) fn may(&mut self, from: IpAddr, now: Instant) -> bool {
         let from = subject(from);
-        match self.0.get_mut(&from) {
-            Some(failures) if now.saturating_duration_since(failures.since) >= WINDOW => {
-                self.0.remove(&from);
-                Verdict::Welcome
-            }
-            Some(failures) if failures.count >= FAILURES_MAX => {
-                let first = failures.count == FAILURES_MAX;
-                failures.count = failures.count.saturating_add(1);
-                Verdict::TooMany { first }
-            }
-            _ => Verdict::Welcome,
+        if self.0.get(&from).is_some_and(|failures| now.saturating_duration_since(failures.since) >= WINDOW) {
+            self.0.remove(&from);
         }
+        self.0.get(&from).is_none_or(|failures| failures.count < FAILURES_MAX)
     }
 
     pub(super) fn failed(&mut self, from: IpAddr, now: Instant) {
@@ -83,14 +67,14 @@ mod tests {
         let (mut bounds, now) = (Bounds::default(), SystemClock.now());
         let (bad, good) = (address("10.0.0.1"), address("10.0.0.2"));
         for _ in 0..FAILURES_MAX {
-            assert_eq!(bounds.may(bad, now), Verdict::Welcome);
+            assert!(bounds.may(bad, now));
             bounds.failed(bad, now);
         }
-        assert_eq!(bounds.may(bad, now), Verdict::TooMany { first: true });
-        assert_eq!(bounds.may(bad, now), Verdict::TooMany { first: false });
-        assert_eq!(bounds.may(good, now), Verdict::Welcome);
-        assert_eq!(bounds.may(address("::ffff:10.0.0.1"), now), Verdict::TooMany { first: false }, "the same address");
-        assert_eq!(bounds.may(bad, now + WINDOW), Verdict::Welcome);
+        assert!(!bounds.may(bad, now));
+        assert!(!bounds.may(bad, now));
+        assert!(bounds.may(good, now));
+        assert!(!bounds.may(address("::ffff:10.0.0.1"), now), "the same address");
+        assert!(bounds.may(bad, now + WINDOW));
     }
 
     #[test]
@@ -99,8 +83,8 @@ mod tests {
         for last in 0..FAILURES_MAX {
             bounds.failed(address(&format!("2001:db8::{last:x}")), now);
         }
-        assert_eq!(bounds.may(address("2001:db8::ffff"), now), Verdict::TooMany { first: true });
-        assert_eq!(bounds.may(address("2001:db8:0:1::1"), now), Verdict::Welcome);
+        assert!(!bounds.may(address("2001:db8::ffff"), now));
+        assert!(bounds.may(address("2001:db8:0:1::1"), now));
     }
 
     #[test]

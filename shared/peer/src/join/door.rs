@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use wire::join::{ASK_BYTES, Answer, Ask, Reason};
 use zeroize::Zeroizing;
 
-use super::bounds::{Bounds, Verdict};
+use super::bounds::Bounds;
 use crate::pki::authority::Applicant;
 use crate::pki::{Authority, PkiError, Token};
 use crate::refusal::{Refusal, Refusals};
@@ -45,13 +45,8 @@ impl Door {
     /// Serves one connection to its end.
     pub(crate) async fn attend(&self, connection: &Connection, clock: &dyn Clock, refusals: &Refusals) {
         let address = connection.remote_address();
-        let verdict = self.bounds.lock().expect("no holder panics").may(address.ip(), clock.now());
-        if let Verdict::TooMany { first } = verdict {
-            if first {
-                refusals.note(Refusal::TooMany, &address, &"bad invitations; more of them are only counted");
-            } else {
-                refusals.count_only(Refusal::TooMany);
-            }
+        if !self.bounds.lock().expect("no holder panics").may(address.ip(), clock.now()) {
+            refusals.note(Refusal::TooMany, &address, &"bad invitations within a minute");
             connection.close(code::REFUSED, b"too many bad invitations from this address, wait a minute");
             return;
         }
