@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use quinn::crypto::rustls::QuicClientConfig;
-use quinn::{Connection, IdleTimeout, RecvStream, TransportConfig, VarInt};
+use quinn::{Connection, IdleTimeout, RecvStream, SendStream, TransportConfig, VarInt};
 use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use rustls::version::TLS13;
@@ -167,11 +167,12 @@ impl Inner {
     /// A stream on which `ask` was said, at whichever node answers.
     pub(crate) async fn open(&self, ask: &Ask) -> Result<(Connection, Answers), Setback> {
         let connection = self.connection().await?;
-        let (mut send, receive) = connection.open_bi().await?;
+        let (send, receive) = connection.open_bi().await?;
         let mut frame = Vec::new();
         ask.encode(&mut frame);
-        send.write_all(&frame).await?;
-        let _ = send.finish();
+        let mut whole = Whole(send, false);
+        whole.0.write_all(&frame).await?;
+        whole.1 = true;
         Ok((connection, Answers::new(receive)))
     }
 
@@ -224,6 +225,16 @@ impl Inner {
             Some(Answer::Failed { status, retry_after_ms, json }) => Err(refused(status, retry_after_ms, json)),
             other => Err(Setback::Transient(format!("{other:?} in place of a welcome"))),
         }
+    }
+}
+
+/// A question that is given up half-way must not look complete: quinn finishes what is merely dropped, and the node would
+/// take what is there for nonsense and close the connection with all its streams.
+struct Whole(SendStream, bool);
+
+impl Drop for Whole {
+    fn drop(&mut self) {
+        let _ = if self.1 { self.0.finish() } else { self.0.reset(VarInt::from_u32(0)) };
     }
 }
 

@@ -8,9 +8,10 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{
     Connection, Endpoint, EndpointConfig, IdleTimeout, Incoming, RecvStream, SendStream, ServerConfig, TransportConfig,
@@ -22,7 +23,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::version::TLS13;
 use shared::id::NodeId;
 use tokio::sync::Semaphore;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use wire::client::{Answer, Ask, Decoder, HELLO_BYTES, Hello};
 
 use crate::endpoint::EndpointParts;
@@ -35,14 +36,24 @@ const IDLE: Duration = Duration::from_secs(30);
 const HELLO_WAIT_MAX: Duration = Duration::from_secs(5);
 /// A question has arrived within this time, or its stream is held for nothing.
 const ASK_WAIT_MAX: Duration = Duration::from_secs(10);
-/// A client that takes nothing for this long is cut, so that it cannot hold KV pages.
+/// A client that falls this far behind [`DRAIN_BYTES_PER_S`] is cut, so that it cannot hold KV pages.
 const STALL_MAX: Duration = Duration::from_secs(10);
+/// What a client takes at least: slower than a modem, faster than somebody who only means to hold on.
+const DRAIN_BYTES_PER_S: u32 = 64;
+/// Questions that a client may break off before they have arrived; every user changes his mind at times.
+const ABANDONED_MAX: usize = 128;
+/// Beyond these, its streams are taken on one by one at this pace: a stream that is opened and reset costs it nothing.
+const ABANDONED_PAUSE: Duration = Duration::from_millis(20);
 /// Exchanges of one client at once; above the concurrency of any tenant.
 const STREAMS_MAX: u32 = 64;
 /// Bytes that one stream may have under way.
 const STREAM_WINDOW: u32 = 256 * 1024;
-/// Bytes that one client may have under way; quinn's default has no bound.
+/// Bytes that one client may have under way to this node; quinn's default has no bound.
 const CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
+/// Bytes under way to one client, kept until it has acknowledged them; an answer is a few kilobytes a second.
+const SEND_WINDOW: u64 = 1024 * 1024;
+/// Bytes that somebody may have under way before the key is known; one stream takes them.
+const STRANGER_WINDOW: u32 = 4 * 1024;
 /// Handshakes at once.
 const INCOMING_MAX: usize = 1024;
 /// From this many open handshakes on, addresses are validated first: nobody is made to answer for somebody else.
@@ -136,11 +147,11 @@ pub fn open(
     let mut transport = TransportConfig::default();
     transport
         .max_idle_timeout(Some(IdleTimeout::try_from(IDLE).expect("half a minute is a valid time-out")))
-        .max_concurrent_bidi_streams(VarInt::from_u32(STREAMS_MAX))
+        .max_concurrent_bidi_streams(VarInt::from_u32(1))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
-        .receive_window(VarInt::from_u32(CONNECTION_WINDOW))
-        .send_window(u64::from(CONNECTION_WINDOW))
+        .receive_window(VarInt::from_u32(STRANGER_WINDOW))
+        .send_window(SEND_WINDOW)
         .datagram_receive_buffer_size(None);
     let mut server = ServerConfig::with_crypto(Arc::new(tls));
     server.transport_config(Arc::new(transport));
@@ -189,31 +200,40 @@ async fn attend<S: ClientService>(door: Arc<Door<S>>, incoming: Incoming) {
         return;
     };
     let tenant = Arc::new(tenant);
+    let n_abandoned = Arc::new(AtomicUsize::new(0));
     while let Ok((send, receive)) = connection.accept_bi().await {
-        let (door, tenant, connection) = (door.clone(), tenant.clone(), connection.clone());
+        let (door, tenant, connection, abandoned) =
+            (door.clone(), tenant.clone(), connection.clone(), n_abandoned.clone());
         tokio::spawn(async move {
             match timeout(ASK_WAIT_MAX, read_ask(&door, receive)).await {
-                Ok(Some(ask)) => {
-                    let answers = AnswerSink { send, frame: Vec::new(), is_finished: false };
-                    door.service.ask(tenant, connection.remote_address(), ask, answers).await;
+                Ok(Ok(ask)) => {
+                    door.service.ask(tenant, connection.remote_address(), ask, AnswerSink::new(send)).await;
                 }
-                Ok(None) => connection.close(code::PROTOCOL, b"frames make no sense"),
-                // Too slow: dropping the stream says so.
-                Err(_) => {}
+                Ok(Err(NoAsk::Nonsense)) => connection.close(code::PROTOCOL, b"frames make no sense"),
+                // Dropping the stream of one who is too slow says so.
+                Ok(Err(NoAsk::Abandoned)) | Err(_) => {
+                    abandoned.fetch_add(1, Ordering::Relaxed);
+                }
             }
         });
+        // Streams that are not taken on use up what the client may open.
+        if n_abandoned.load(Ordering::Relaxed) > ABANDONED_MAX {
+            sleep(ABANDONED_PAUSE).await;
+        }
     }
 }
 
 /// The first stream: the key, and whether it is good.
 async fn greet<S: ClientService>(door: &Door<S>, connection: &Connection) -> Option<S::Tenant> {
     let (send, mut receive) = connection.accept_bi().await.ok()?;
-    let mut answers = AnswerSink { send, frame: Vec::new(), is_finished: false };
+    let mut answers = AnswerSink::new(send);
     let mut bytes = [0; HELLO_BYTES];
     receive.read_exact(&mut bytes).await.ok()?;
     let hello = Hello::decode(&bytes).ok()?;
     match door.service.authenticate(&hello.key) {
         Ok(tenant) => {
+            connection.set_receive_window(VarInt::from_u32(CONNECTION_WINDOW));
+            connection.set_max_concurrent_bi_streams(VarInt::from_u32(STREAMS_MAX));
             answers.send(&[Answer::Welcome { node: door.node.to_string() }]).await.ok()?;
             answers.finish();
             Some(tenant)
@@ -229,22 +249,49 @@ async fn greet<S: ClientService>(door: &Door<S>, connection: &Connection) -> Opt
     }
 }
 
-/// The one question of a stream; `None` for anything else.
-async fn read_ask<S>(door: &Door<S>, mut receive: RecvStream) -> Option<Ask> {
-    let _permit = door.bodies.acquire().await.ok()?;
+/// Why a stream holds no question.
+enum NoAsk {
+    /// The client broke it off.
+    Abandoned,
+    /// It holds something else.
+    Nonsense,
+}
+
+/// The one question of a stream.
+async fn read_ask<S>(door: &Door<S>, mut receive: RecvStream) -> Result<Ask, NoAsk> {
     let mut decoder = Decoder::default();
-    let mut chunk = Bytes::new();
-    let frame = loop {
+    // Nobody waits for a place who has not begun to speak.
+    let mut chunk = read(&mut receive).await?;
+    let _permit = door.bodies.acquire().await.expect("it is never closed");
+    loop {
         let mut rest: &[u8] = &chunk;
-        let fed = decoder.feed(&mut rest);
-        let n_taken = chunk.len() - rest.len();
-        chunk.advance(n_taken);
-        if let Some(frame) = fed.ok()? {
-            break frame;
+        let frame = decoder.feed(&mut rest).map_err(|_| NoAsk::Nonsense)?;
+        if let Some(frame) = frame {
+            return Ask::decode(&frame).map_err(|_| NoAsk::Nonsense);
         }
-        chunk = receive.read_chunk(STREAM_WINDOW as usize, true).await.ok()??.bytes;
-    };
-    Ask::decode(&frame).ok()
+        chunk = read(&mut receive).await?;
+    }
+}
+
+async fn read(receive: &mut RecvStream) -> Result<Bytes, NoAsk> {
+    match receive.read_chunk(STREAM_WINDOW as usize, true).await {
+        Ok(Some(chunk)) => Ok(chunk.bytes),
+        Ok(None) => Err(NoAsk::Nonsense),
+        Err(_) => Err(NoAsk::Abandoned),
+    }
+}
+
+/// How long a client is still waited for: a store of [`STALL_MAX`] that waiting uses up and bytes taken fill again.
+struct Patience(Duration);
+
+// === impl Patience ===
+
+impl Patience {
+    /// `n_bytes` were taken after `waited`.
+    fn spend(&mut self, waited: Duration, n_bytes: usize) {
+        let worth = Duration::from_secs(1) * u32::try_from(n_bytes).unwrap_or(u32::MAX) / DRAIN_BYTES_PER_S;
+        self.0 = self.0.saturating_sub(waited).saturating_add(worth).min(STALL_MAX);
+    }
 }
 
 /// Where the answers to a question go. Dropped before [`AnswerSink::finish`], it tells the client that the rest will
@@ -252,23 +299,32 @@ async fn read_ask<S>(door: &Door<S>, mut receive: RecvStream) -> Option<Ask> {
 pub struct AnswerSink {
     send: SendStream,
     frame: Vec<u8>,
+    patience: Patience,
     is_finished: bool,
 }
 
 // === impl AnswerSink ===
 
 impl AnswerSink {
+    fn new(send: SendStream) -> Self {
+        Self { send, frame: Vec::new(), patience: Patience(STALL_MAX), is_finished: false }
+    }
+
     /// Sends answers in one go; waits while the client is behind, but not for ever.
     ///
     /// # Errors
-    /// [`Gone`] when the client waits no more or has taken nothing for ten seconds.
+    /// [`Gone`] when the client waits no more, or takes less than 64 bytes a second for ten seconds.
     pub async fn send(&mut self, answers: &[Answer]) -> Result<(), Gone> {
         self.frame.clear();
         answers.iter().for_each(|answer| answer.encode(&mut self.frame));
-        match timeout(STALL_MAX, self.send.write_all(&self.frame)).await {
-            Ok(Ok(())) => Ok(()),
-            _ => Err(Gone),
+        let mut rest: &[u8] = &self.frame;
+        while !rest.is_empty() {
+            let began = Instant::now();
+            let Ok(Ok(n_bytes)) = timeout(self.patience.0, self.send.write(rest)).await else { return Err(Gone) };
+            self.patience.spend(began.elapsed(), n_bytes);
+            rest = &rest[n_bytes..];
         }
+        Ok(())
     }
 
     /// Ends when the client waits no more.
@@ -301,5 +357,34 @@ impl Drop for AnswerSink {
         if !self.is_finished {
             let _ = self.send.reset(code::BROKEN_OFF);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Seconds after which a client is cut that takes pieces of `n_bytes`, one after `pause` each; `None` when it is not
+    /// within ten minutes.
+    fn cut_after(n_bytes: usize, pause: Duration) -> Option<u64> {
+        let (mut patience, mut at) = (Patience(STALL_MAX), Duration::ZERO);
+        while at < Duration::from_secs(600) {
+            if pause > patience.0 {
+                return Some((at + patience.0).as_secs());
+            }
+            patience.spend(pause, n_bytes);
+            at += pause;
+        }
+        None
+    }
+
+    #[test]
+    fn a_client_is_cut_when_it_is_ten_seconds_behind_64_bytes_a_second() {
+        let ms = Duration::from_millis;
+        assert_eq!(cut_after(1 << 20, ms(60_000)), Some(10), "nothing for ten seconds");
+        assert_eq!(cut_after(64, ms(999)), None);
+        assert_eq!(cut_after(32, ms(1000)), Some(19));
+        assert_eq!(cut_after(1, ms(1000)), Some(10));
+        assert_eq!(cut_after(64 * 8, ms(9000)), Some(26), "steps do not hide a slow client");
     }
 }
