@@ -254,3 +254,26 @@ impl Decoder {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// B8: whatever length a header claims, memory follows what has arrived.
+    #[test]
+    fn a_claimed_length_reserves_no_more_than_what_arrives_asks_for() {
+        const KINDS: &[Kind] = &[Kind { id: 7, schemas: [None, Some(1)], bytes_max: u32::MAX, name: "Giant" }];
+        let head = header(Version::NEWEST, KINDS[0], u32::MAX).expect("there is one");
+        let mut decoder = Decoder::new(KINDS);
+        let mut n_arrived = 0;
+        assert!(decoder.feed(&mut head.as_slice()).expect("a header").is_none());
+        assert!(decoder.body.capacity() <= BODY_BYTES_FIRST);
+        for n_bytes in [1, 10, 4000, 100_000, 1 << 20] {
+            assert!(decoder.feed(&mut vec![0; n_bytes].as_slice()).expect("more of it").is_none());
+            n_arrived += n_bytes;
+            let most = (2 * n_arrived).max(BODY_BYTES_FIRST);
+            assert!(decoder.body.capacity() <= most, "{} bytes for {n_arrived}", decoder.body.capacity());
+        }
+        assert!(matches!(decoder.finish(), Err(FrameError::Truncated { .. })));
+    }
+}
