@@ -230,6 +230,7 @@ impl Checker<'_> {
         let tls = tls.map(|tls| TlsConfig { certificate: self.resolve(&tls.certificate), key: self.resolve(&tls.key) });
         let bases = self.bases(bases)?;
         let nodes = self.nodes(nodes, &bases, tls.is_some() || insecure)?;
+        let n_nodes = nodes.len();
         let reserves = [tiers.shared.reserve, tiers.premium.reserve, tiers.isolated.reserve];
         for (tier, reserve) in Tier::ALL.into_iter().zip(reserves) {
             self.fraction(&["tiers", tier.as_str(), "reserve"], reserve, 0.95)?;
@@ -254,7 +255,7 @@ impl Checker<'_> {
             bases,
             engine: self.engine(&engine, reserves)?,
             clients: self.clients(&clients)?,
-            adapters: self.adapters(&adapters)?,
+            adapters: self.adapters(&adapters, n_nodes)?,
             queue: self.queue(&queue, class_weights)?,
             tier_limits: [
                 self.limits(Tier::Shared, &tiers.shared)?,
@@ -345,20 +346,27 @@ impl Checker<'_> {
         Ok(ClientsConfig { connections, connections_per_address, body_bytes })
     }
 
-    fn adapters(&self, adapters: &file::Adapters) -> Result<AdapterConfig, ConfigError> {
+    fn adapters(&self, adapters: &file::Adapters, n_nodes: usize) -> Result<AdapterConfig, ConfigError> {
         Ok(AdapterConfig {
             slots: self.range(&["adapters", "slots"], adapters.slots, 1, 65_536)?,
             engine_bytes: self.range(&["adapters", "engine_mib"], adapters.engine_mib, 1, 4 << 20)? << 20,
             host_bytes: self.range(&["adapters", "host_mib"], adapters.host_mib, 0, 4 << 20)? << 20,
             disk_bytes: (self.range(&["adapters", "disk_mib"], adapters.disk_mib, 1, 1 << 30)? as u64) << 20,
-            objects: self.objects(&adapters.objects)?,
+            objects: self.objects(&adapters.objects, n_nodes)?,
             rank_max: self.range(&["adapters", "rank_max"], adapters.rank_max, 1, 256)?,
             file_bytes_max: self.range(&["adapters", "file_mib_max"], adapters.file_mib_max, 1, 512)? << 20,
             loads_at_once: self.range(&["adapters", "loads_at_once"], adapters.loads_at_once, 1, 64)?,
         })
     }
 
-    fn objects(&self, found: &str) -> Result<Option<ObjectsAt>, ConfigError> {
+    fn objects(&self, found: &str, n_nodes: usize) -> Result<Option<ObjectsAt>, ConfigError> {
+        if found.is_empty() && n_nodes > 1 {
+            return Err(self.wrong(
+                &["adapters", "objects"],
+                format!("adapters.objects is empty, and there are {n_nodes} nodes"),
+                "name a folder that all nodes share or an s3://bucket/prefix: any node must find any adapter",
+            ));
+        }
         if found.is_empty() {
             return Ok(None);
         }

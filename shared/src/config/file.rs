@@ -213,7 +213,7 @@ impl Default for Adapters {
             engine_mib: 1024,
             host_mib: 512,
             disk_mib: 10_240,
-            objects: String::new(),
+            objects: ".tenantry/objects".to_owned(),
             rank_max: 256,
             file_mib_max: 512,
             loads_at_once: 2,

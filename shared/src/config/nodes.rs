@@ -74,7 +74,10 @@ impl Checker<'_> {
                 peer: node.peer,
                 clients_quic: node.clients_quic,
                 capacity: capacity as u32,
-                registry: node.registry.unwrap_or(index < file::REGISTRY_NODES),
+                // Of two neither could change anything without the other: one is enough.
+                registry: node
+                    .registry
+                    .unwrap_or(index < if n_nodes < file::REGISTRY_NODES { 1 } else { file::REGISTRY_NODES }),
                 pool: node.pool,
                 region: node.region,
             });
@@ -143,7 +146,7 @@ impl Checker<'_> {
 
     fn registry_nodes(&self, nodes: &[NodeConfig]) -> Result<(), ConfigError> {
         let n_registry = nodes.iter().filter(|node| node.registry).count();
-        if (1..=REGISTRY_NODES_MAX).contains(&n_registry) {
+        if (1..=REGISTRY_NODES_MAX).contains(&n_registry) && n_registry % 2 == 1 {
             return Ok(());
         }
         Err(self.wrong(

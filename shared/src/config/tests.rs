@@ -83,7 +83,7 @@ fn mistakes_are_refused_with_line_and_hint() {
         ("drain_s = 30", "drain_s = 99999", "cluster.drain_s is 99999"),
         ("heartbeat_ms = 100", "heartbeat_ms = 10", "cluster.heartbeat_ms is 10"),
         ("# capacity = 1 ", "capacity = 0 ", "capacity is 0"),
-        ("# registry = true", "registry = false", "0 nodes keep the registry"),
+        ("# registry = true", "registry = false", "2 nodes keep the registry"),
         ("# bases = [\"smollm2\"]", "bases = [\"other\"]", "lists base other"),
         ("# bases = [\"smollm2\"]", "bases = []", "lists no base"),
         ("# pool = \"default\"", "pool = \"De fault\"", "pool name \"De fault\" is not valid"),
@@ -150,7 +150,8 @@ fn several_nodes_need_peer_addresses_that_do_not_clash() {
     let (a, b) = ("peer = \"127.0.0.1:7080\"", "peer = \"127.0.0.1:7090\"");
     let config = parse(&two_nodes(a, b)).expect("valid");
     assert_eq!(config.nodes[1].peer, Some("127.0.0.1:7090".parse().expect("an address")));
-    assert!(config.nodes.iter().all(|node| node.registry && node.capacity == 1 && node.bases.len() == 1));
+    assert!(config.nodes.iter().all(|node| node.capacity == 1 && node.bases.len() == 1));
+    assert!(config.nodes[0].registry && !config.nodes[1].registry, "two could only agree together");
     assert_eq!(
         (config.heartbeat, config.ca.as_path()),
         (Duration::from_millis(100), Path::new("/etc/tenantry/.tenantry/ca"))
@@ -191,9 +192,10 @@ fn the_first_three_nodes_keep_the_registry_unless_the_file_says_otherwise() {
 
 #[test]
 fn the_object_store_is_a_folder_or_a_bucket() {
-    let of = |text: &str| parse(&SHIPPED.replace("objects = \"\"", &format!("objects = \"{text}\"")));
+    let of = |text: &str| parse(&SHIPPED.replace("objects = \".tenantry/objects\"", &format!("objects = \"{text}\"")));
     let found = |text: &str| of(text).expect("valid").adapters.objects;
-    assert_eq!(found(""), None);
+    let none = of("").expect_err("three nodes");
+    assert!(none.message.contains("3 nodes") && none.line.is_some(), "{none}");
     assert_eq!(found("objects"), Some(ObjectsAt::Folder("/etc/tenantry/objects".into())), "relative to the file");
     assert_eq!(found("file:///srv/objects"), Some(ObjectsAt::Folder("/srv/objects".into())));
     assert_eq!(found("s3://bucket/prefix"), Some(ObjectsAt::S3("s3://bucket/prefix".to_owned())));
