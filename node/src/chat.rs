@@ -1,5 +1,7 @@
 //! `tenantry chat`: a conversation in the terminal over the public streaming API, or one question and answer.
 
+mod quic;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
 
@@ -35,17 +37,39 @@ pub struct ChatArgs {
     /// 0 always picks the most likely token.
     #[arg(long, default_value_t = 0.7)]
     temperature: f32,
+    /// Ask over QUIC instead, at any node of the cluster file: an answer goes on when its node dies.
+    #[arg(long, value_name = "CLUSTER_FILE", conflicts_with = "url")]
+    quic: Option<PathBuf>,
     /// One question; without it the terminal becomes a conversation.
     question: Option<String>,
+}
+
+/// The way in.
+enum Door {
+    Http(Client),
+    Quic(Box<quic::Quic>),
+}
+
+impl Door {
+    fn name<'a>(&self, args: &'a ChatArgs) -> &'a str {
+        match self {
+            Self::Http(_) => &args.url,
+            Self::Quic(_) => "any node",
+        }
+    }
 }
 
 /// Runs the conversation until end of input.
 pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
     let key = key_from(args.key.as_deref(), args.key_file.as_ref())?;
-    let client = Client::new(&args.url, &key, args.ca.as_deref())?;
-    let model = match &args.model {
-        Some(model) => model.clone(),
-        None => first_model(&client)?,
+    let door = match &args.quic {
+        Some(config) => Door::Quic(Box::new(quic::Quic::new(config, args.ca.as_deref(), key.to_string())?)),
+        None => Door::Http(Client::new(&args.url, &key, args.ca.as_deref())?),
+    };
+    let model = match (&args.model, &door) {
+        (Some(model), _) => model.clone(),
+        (None, Door::Http(client)) => first_model(client)?,
+        (None, Door::Quic(_)) => bail!("pick a model: over QUIC there is no list; hint: --model"),
     };
     let mut messages = Vec::new();
     if let Some(system) = &args.system {
@@ -53,10 +77,10 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
     }
     if let Some(question) = &args.question {
         messages.push(json!({"role": "user", "content": question}));
-        answer(&client, args, &model, &messages)?;
+        answer(&door, args, &model, &messages)?;
         return Ok(());
     }
-    eprintln!("{model} at {}; end with Ctrl-D", args.url);
+    eprintln!("{model} at {}; end with Ctrl-D", door.name(args));
     loop {
         eprint!("> ");
         let mut line = String::new();
@@ -67,7 +91,7 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
             continue;
         }
         messages.push(json!({"role": "user", "content": line.trim()}));
-        let text = answer(&client, args, &model, &messages)?;
+        let text = answer(&door, args, &model, &messages)?;
         messages.push(json!({"role": "assistant", "content": text}));
     }
 }
@@ -81,17 +105,20 @@ fn first_model(client: &Client) -> anyhow::Result<String> {
 }
 
 /// Prints the answer as it arrives and returns it.
-fn answer(client: &Client, args: &ChatArgs, model: &str, messages: &[Value]) -> anyhow::Result<String> {
+fn answer(door: &Door, args: &ChatArgs, model: &str, messages: &[Value]) -> anyhow::Result<String> {
     let mut body = json!({"model": model, "messages": messages, "stream": true, "temperature": args.temperature});
     if let Some(max_tokens) = args.max_tokens {
         body["max_tokens"] = json!(max_tokens);
     }
-    let reader = client.stream("/v1/chat/completions", &body)?;
     let mut out = std::io::stdout().lock();
-    let text = each_delta(reader, |delta| {
+    let show = |delta: &str| {
         out.write_all(delta.as_bytes())?;
         out.flush()
-    })?;
+    };
+    let text = match door {
+        Door::Http(client) => each_delta(client.stream("/v1/chat/completions", &body)?, show)?,
+        Door::Quic(quic) => quic.each_delta(&body, show)?,
+    };
     writeln!(out).context("write to the terminal")?;
     Ok(text)
 }

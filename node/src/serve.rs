@@ -15,7 +15,11 @@ use anyhow::Context;
 use axum_server::Handle;
 use axum_server::tls_rustls::RustlsConfig;
 use metrics_exporter_prometheus::PrometheusHandle;
+use peer::EndpointParts;
+use peer::clients::{self, ClientBounds};
 use ractor::{Actor, ActorCell, ActorRef};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use shared::clock::{Clock, SystemClock};
 use shared::cluster::NodePhase;
 use shared::config::{ClusterConfig, NodeConfig, TlsConfig};
@@ -27,6 +31,7 @@ use crate::admin::{self, Admin};
 use crate::app::App;
 use crate::gateway;
 use crate::gateway::backend::node_stopping;
+use crate::gateway::clients::ClientDoor;
 use crate::gateway::listen::{self, Bounds};
 use crate::gateway::peer::PeerDoor;
 use crate::metering::journal::Journal;
@@ -115,6 +120,10 @@ pub async fn start(config: ClusterConfig, node: NodeConfig) -> anyhow::Result<Ru
     };
     // Ports are taken before the slow part, so that a second node on them fails at once; they answer later.
     let http = TcpListener::bind(node.http).with_context(|| format!("listen for clients on {}", node.http))?;
+    let quic = match node.clients_quic {
+        Some(at) => Some(EndpointParts::bind(at).with_context(|| format!("listen for clients over QUIC on {at}"))?),
+        None => None,
+    };
     let operators = TcpListener::bind(node.admin).with_context(|| format!("listen for operators on {}", node.admin))?;
     let metrics = metrics::install().context("install the metrics recorder")?;
     let (app, admin_key) = open::open(config, node, Arc::clone(&clock)).await?;
@@ -136,6 +145,7 @@ pub async fn start(config: ClusterConfig, node: NodeConfig) -> anyhow::Result<Ru
     let admin_router =
         admin::router(Arc::new(Admin { app: Arc::clone(&app), key: admin_key, metrics: metrics.clone() }));
     let bounds = Bounds::new(&app.config().clients);
+    open_clients_quic(&app, quic)?;
     let clients = Port::open(http, tls.clone(), bounds, client_router);
     let admins = Port::open(operators, tls.clone(), bounds, admin_router);
     tracing::info!(node = %app.node().name, http = %clients.address, admin = %admins.address, tls = tls.is_some(), "node serves");
@@ -193,6 +203,28 @@ fn join(app: &Arc<App>) {
         }
     });
     cluster.expect_tenants(&app.registry().snapshot());
+}
+
+/// Opens the door of the client library, with the certificate of `[tls]` or, without one, this node's of the cluster.
+fn open_clients_quic(app: &Arc<App>, parts: Option<EndpointParts>) -> anyhow::Result<()> {
+    let Some(parts) = parts else { return Ok(()) };
+    let endpoint = match (&app.config().tls, app.cluster()) {
+        (Some(tls), _) => {
+            let chain = CertificateDer::pem_file_iter(&tls.certificate).and_then(Iterator::collect);
+            let chain = chain.with_context(|| format!("read the certificate {}", tls.certificate.display()))?;
+            let key = PrivateKeyDer::from_pem_file(&tls.key);
+            clients::open(chain, key.with_context(|| format!("read the key {}", tls.key.display()))?, parts)?
+        }
+        (None, Some(cluster)) => clients::open_as_node(cluster.net(), parts)?,
+        (None, None) => anyhow::bail!(
+            "open the clients' QUIC port: a node alone has no certificate; hint: add a [tls] table, or leave clients_quic out"
+        ),
+    };
+    let config = &app.config().clients;
+    let bounds = ClientBounds { connections: config.connections, bodies: (config.body_bytes >> 20).max(1) };
+    let door = ClientDoor::new(Arc::clone(app));
+    tokio::spawn(clients::serve(endpoint, app.node().name.clone(), Arc::new(door), bounds));
+    Ok(())
 }
 
 async fn load_tls(tls: &TlsConfig) -> anyhow::Result<(RustlsConfig, TlsConfig)> {

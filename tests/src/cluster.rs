@@ -7,9 +7,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use client::{Client, ClientConfig, Endpoint, Event, NodeAddress};
 use peer::Authority;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
 use serde_json::{Value, json};
 use shared::clock::{Clock, SystemClock};
 
@@ -100,6 +103,25 @@ impl Streaming {
         Self { n_tokens, thread: std::thread::spawn(move || stream(&url, &key, &body, last_event, &counter)) }
     }
 
+    /// The same through the client library, which begins at node `door` and knows all of them.
+    pub fn over_quic(cluster: &Cluster, door: usize, key: &str, body: &Value) -> Self {
+        let mut body = body.clone();
+        body["return_token_ids"] = json!(true);
+        let n = cluster.nodes.len();
+        let address = |at: usize| {
+            let place = cluster.nodes[at % n].place();
+            let name = peer::pki::node_name(&place.name.parse().expect("a node's name"));
+            NodeAddress { address: place.quic.expect("nodes of a cluster have one"), name }
+        };
+        let nodes = (door..door + n).map(address).collect();
+        let root = cluster.folder.join(cluster.nodes[0].place().data()).join("ca.pem");
+        let roots = vec![CertificateDer::from_pem_file(root).expect("the authority's certificate")];
+        let config = ClientConfig { nodes, key: key.to_owned(), roots };
+        let n_tokens = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&n_tokens);
+        Self { n_tokens, thread: std::thread::spawn(move || stream_over_quic(config, &body, &counter)) }
+    }
+
     /// Tokens that have arrived.
     pub fn n_tokens(&self) -> usize {
         self.n_tokens.load(Ordering::Relaxed)
@@ -113,6 +135,54 @@ impl Streaming {
     /// Waits for the end.
     pub fn join(self) -> Streamed {
         self.thread.join().expect("a reader does not panic")
+    }
+}
+
+fn stream_over_quic(config: ClientConfig, body: &Value, counter: &AtomicUsize) -> Streamed {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let mut streamed = Streamed::default();
+        let (sent, mut last) = (SystemClock.now(), None);
+        let client = Client::new(config).expect("a valid configuration");
+        let mut stream = client.ask(Endpoint::Completions, body.to_string().into_bytes());
+        loop {
+            match stream.next().await {
+                Ok(Some(Event::Piece(piece))) => {
+                    let event = serde_json::from_slice(&piece.json).expect("an event is JSON");
+                    streamed.take(&event, sent, &mut last);
+                    counter.store(streamed.ids.len(), Ordering::Relaxed);
+                }
+                Ok(Some(Event::Extra(_))) => {}
+                Ok(None) => return streamed,
+                Err(error) => {
+                    streamed.error = Some(error.to_string());
+                    return streamed;
+                }
+            }
+        }
+    })
+}
+
+impl Streamed {
+    /// Takes in one event.
+    fn take(&mut self, event: &Value, sent: Instant, last: &mut Option<Instant>) {
+        if !event["error"].is_null() {
+            self.error = Some(event["error"].to_string());
+        }
+        let choice = &event["choices"][0];
+        let ids = choice["token_ids"].as_array().into_iter().flatten();
+        let before = self.ids.len();
+        self.ids.extend(ids.map(|id| id.as_u64().expect("an id") as u32));
+        if self.ids.len() > before {
+            let now = SystemClock.now();
+            match last.replace(now) {
+                Some(last) => self.gaps.push(now - last),
+                None => self.first = now - sent,
+            }
+        }
+        if let Some(reason) = choice["finish_reason"].as_str() {
+            self.finish = Some(reason.to_owned());
+        }
     }
 }
 
@@ -146,24 +216,8 @@ fn stream(url: &str, key: &str, body: &Value, last_event: Option<String>, counte
         }
         let Some(data) = line.strip_prefix("data: ").filter(|data| *data != "[DONE]") else { continue };
         let event: Value = serde_json::from_str(data).expect("an event is JSON");
-        if !event["error"].is_null() {
-            streamed.error = Some(event["error"].to_string());
-        }
-        let choice = &event["choices"][0];
-        let ids = choice["token_ids"].as_array().into_iter().flatten();
-        let before = streamed.ids.len();
-        streamed.ids.extend(ids.map(|id| id.as_u64().expect("an id") as u32));
-        if streamed.ids.len() > before {
-            let now = SystemClock.now();
-            match last.replace(now) {
-                Some(last) => streamed.gaps.push(now - last),
-                None => streamed.first = now - sent,
-            }
-            counter.store(streamed.ids.len(), Ordering::Relaxed);
-        }
-        if let Some(reason) = choice["finish_reason"].as_str() {
-            streamed.finish = Some(reason.to_owned());
-        }
+        streamed.take(&event, sent, &mut last);
+        counter.store(streamed.ids.len(), Ordering::Relaxed);
     }
     streamed
 }

@@ -81,6 +81,8 @@ pub struct NodePlace {
     pub admin: SocketAddr,
     /// UDP port for the other nodes.
     pub peer: Option<SocketAddr>,
+    /// Clients over QUIC, in a cluster.
+    pub quic: Option<SocketAddr>,
 }
 
 /// An HTTP answer.
@@ -146,13 +148,16 @@ fn free_udp_address() -> SocketAddr {
 impl NodePlace {
     /// A node alone, on free ports.
     pub fn alone() -> Self {
-        Self { name: "a".to_owned(), http: free_address(), admin: free_address(), peer: None }
+        Self { name: "a".to_owned(), http: free_address(), admin: free_address(), peer: None, quic: None }
     }
 
     /// Nodes `a`, `b`, `c` … of one cluster, on free ports.
     pub fn cluster(n: usize) -> Vec<Self> {
         let names = ('a'..='z').map(String::from);
-        names.take(n).map(|name| Self { name, peer: Some(free_udp_address()), ..Self::alone() }).collect()
+        names
+            .take(n)
+            .map(|name| Self { name, peer: Some(free_udp_address()), quic: Some(free_udp_address()), ..Self::alone() })
+            .collect()
     }
 
     /// Its data folder, relative to the cluster file.
@@ -170,6 +175,9 @@ pub fn write_config(folder: &Path, spec: &NodeSpec, places: &[NodePlace]) {
         config += &format!("[[nodes]]\nname = \"{name}\"\nhttp = \"{http}\"\nadmin = \"{admin}\"\ndata = \"{data}\"\n");
         if let Some(peer) = place.peer {
             config += &format!("peer = \"{peer}\"\n");
+        }
+        if let Some(quic) = place.quic {
+            config += &format!("clients_quic = \"{quic}\"\n");
         }
         config.push('\n');
     }
@@ -245,6 +253,11 @@ impl NodeProcess {
     /// Address of the client port.
     pub fn http(&self) -> SocketAddr {
         self.place.http
+    }
+
+    /// Where it stands.
+    pub fn place(&self) -> &NodePlace {
+        &self.place
     }
 
     /// Base URL of the admin API.

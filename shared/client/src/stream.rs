@@ -134,6 +134,11 @@ impl Stream {
                 self.is_done = true;
                 Ok(None)
             }
+            // Nobody remembers it: asked anew it is the same request, and what is here is passed over.
+            Some(Answer::Failed { status: 404, .. }) if self.accepted.is_some() => {
+                self.accepted = None;
+                Err(Setback::Transient("no node remembers the request".into()))
+            }
             Some(Answer::Failed { status, retry_after_ms, json }) => Err(refused(status, retry_after_ms, json)),
             Some(Answer::Welcome { .. }) => Err(Setback::Transient("a welcome in place of an answer".into())),
             None => Err(Setback::Transient("the node ended the stream early".into())),

@@ -20,6 +20,8 @@ use quinn::{
 use quinn_proto::HashedConnectionIdGenerator;
 use ring::hmac;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::ResolvesServerCert;
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::TLS13;
 use shared::id::NodeId;
 use tokio::sync::Semaphore;
@@ -27,6 +29,7 @@ use tokio::time::{Instant, sleep, timeout};
 use wire::client::{Answer, Ask, Decoder, HELLO_BYTES, Hello};
 
 use crate::endpoint::EndpointParts;
+use crate::net::PeerNet;
 use crate::serve::Gone;
 use crate::stream::code;
 
@@ -119,7 +122,7 @@ pub enum OpenError {
     Socket(#[from] io::Error),
 }
 
-/// The endpoint for clients.
+/// The endpoint for clients, with a certificate that they can check by themselves.
 ///
 /// # Errors
 /// When certificate, key or socket cannot be used.
@@ -128,8 +131,28 @@ pub fn open(
     key: PrivateKeyDer<'static>,
     parts: EndpointParts,
 ) -> Result<Endpoint, OpenError> {
+    let secret = blake3::derive_key("tenantry 2026 client door", key.secret_der());
+    let provider = rustls::crypto::ring::default_provider();
+    let certified = CertifiedKey::from_der(chain, key, &provider).map_err(|error| OpenError::Tls(error.to_string()))?;
+    open_with(Arc::new(SingleCertAndKey::from(certified)), &secret, parts)
+}
+
+/// The endpoint for clients that know the cluster's authority: shows what this node shows to other nodes, renewals
+/// included.
+///
+/// # Errors
+/// When the socket cannot be used.
+pub fn open_as_node(net: &PeerNet, parts: EndpointParts) -> Result<Endpoint, OpenError> {
+    open_with(net.0.badge.clone(), &net.0.client_secret, parts)
+}
+
+fn open_with(
+    shown: Arc<dyn ResolvesServerCert>,
+    secret: &[u8; 32],
+    parts: EndpointParts,
+) -> Result<Endpoint, OpenError> {
     let tls_error = |error: &dyn std::fmt::Display| OpenError::Tls(error.to_string());
-    let secret = |purpose: &str| blake3::derive_key(purpose, key.secret_der());
+    let secret = |purpose: &str| blake3::derive_key(purpose, secret);
     // As between nodes: a restarted node can say that it has forgotten.
     let reset_key = hmac::Key::new(hmac::HMAC_SHA256, &secret("tenantry 2026 client quic stateless reset"));
     let id_key = secret("tenantry 2026 client quic connection ids");
@@ -138,8 +161,7 @@ pub fn open(
         .with_protocol_versions(&[&TLS13])
         .map_err(|error| tls_error(&error))?
         .with_no_client_auth()
-        .with_single_cert(chain, key)
-        .map_err(|error| tls_error(&error))?;
+        .with_cert_resolver(shown);
     tls.alpn_protocols = vec![wire::CLIENT_ALPN.to_vec()];
     // Early data could be replayed.
     tls.max_early_data_size = 0;

@@ -128,6 +128,10 @@ pub(crate) struct Inner {
     pub(crate) refusals: Refusals,
     /// Where nodes join, if they do here.
     pub(crate) door: Option<Door>,
+    /// What this node shows.
+    pub(crate) badge: Arc<Badge>,
+    /// For the door of clients.
+    pub(crate) client_secret: [u8; 32],
     peers: BTreeMap<NodeId, Peer>,
     renewer: JoinHandle<()>,
 }
@@ -166,6 +170,8 @@ impl PeerNet {
         let peers = peers.collect();
         let (ca, data) = (identity.ca.clone(), identity.data.clone());
         Ok(Self(Arc::new_cyclic(|net| Inner {
+            badge: badge.clone(),
+            client_secret: identity.secret("tenantry 2026 client door"),
             renewer: tokio::spawn(Renewer { net: net.clone(), badge, ca, data }.run()),
             peers,
             hello,

@@ -1,8 +1,13 @@
 //! The node that holds the clients goes away: they go on at another one.
 
+use std::time::Duration;
+
 use serde_json::json;
 
 use crate::fleet::Fleet;
+
+/// A client takes 1.5 s to believe that a silent node is gone.
+const PAUSE_MAX: Duration = Duration::from_secs(4);
 
 #[test]
 fn clients_whose_node_dies_go_on_at_another_from_the_last_event_they_saw() {
@@ -13,6 +18,13 @@ fn clients_whose_node_dies_go_on_at_another_from_the_last_event_they_saw() {
     let mut delivered: Vec<u64> = records.iter().filter_map(|record| record["delivered"][0].as_u64()).collect();
     delivered.sort_unstable();
     assert!(delivered.len() >= 18 && delivered[9] > 5, "{records:?}");
+}
+
+#[test]
+fn the_client_library_goes_on_by_itself() {
+    let mut fleet = Fleet::start("library");
+    let pauses = fleet.survives_in_the_library(1);
+    assert!(pauses.iter().all(|pause| *pause < PAUSE_MAX), "{pauses:?}");
 }
 
 #[test]

@@ -91,6 +91,23 @@ impl Fleet {
         }
     }
 
+    /// Kills node `door` in mid-stream under clients of the library, which know all nodes. They notice a pause and
+    /// nothing else; returns the longest of each.
+    pub(crate) fn survives_in_the_library(&mut self, door: usize) -> Vec<Duration> {
+        let start = |(n, key): (usize, &String)| Streaming::over_quic(&self.cluster, door, key, &Self::body(n));
+        let streams: Vec<Streaming> = self.keys.iter().enumerate().map(start).collect();
+        while streams.iter().any(|stream| stream.n_tokens() < 5 && !stream.is_over()) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.cluster.nodes[door].kill();
+        let streamed: Vec<Streamed> =
+            streams.into_iter().map(|stream| complete(stream.join(), &self.cluster)).collect();
+        for (n, (streamed, expected)) in streamed.iter().zip(&self.expected).enumerate() {
+            assert_eq!(&streamed.ids, expected, "tenant {n}:\n{}", self.cluster.logs());
+        }
+        streamed.iter().map(|streamed| streamed.gaps.iter().max().copied().unwrap_or_default()).collect()
+    }
+
     /// Asks as the first tenant with an idempotency key; the tokens of the answer.
     pub(crate) fn keyed(&self, door: usize, idempotency_key: &str, body: &Value) -> Vec<u32> {
         let mut body = body.clone();
