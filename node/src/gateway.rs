@@ -6,7 +6,8 @@
 //! splitting characters or leaking stop texts; [`wire`] the shapes that clients see; [`answer`] the whole
 //! answer, [`stream`] the same piece by piece ([`sse`] over HTTP, [`position`] where a client is in it); [`reply`] the one map from errors to HTTP.
 //! [`openapi`] documents it from the types; [`listen`] puts a router on a socket with bounds; [`peer`] is the door
-//! for other nodes, [`clients`] that for the client library.
+//! for other nodes, [`clients`] that for the client library
+//! and for HTTP/3.
 //!
 //! Not here: contracts, queues, templates, models (behind [`backend::Backend`]); admin routes and metrics,
 //! which have a port of their own.
@@ -35,6 +36,7 @@ pub mod leftover;
 pub mod listen;
 pub mod peer;
 pub mod clients;
+mod http3;
 #[cfg(test)]
 mod tests;
 

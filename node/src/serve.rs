@@ -145,7 +145,7 @@ pub async fn start(config: ClusterConfig, node: NodeConfig) -> anyhow::Result<Ru
     let admin_router =
         admin::router(Arc::new(Admin { app: Arc::clone(&app), key: admin_key, metrics: metrics.clone() }));
     let bounds = Bounds::new(&app.config().clients);
-    open_clients_quic(&app, quic)?;
+    open_clients_quic(&app, quic, client_router.clone())?;
     let clients = Port::open(http, tls.clone(), bounds, client_router);
     let admins = Port::open(operators, tls.clone(), bounds, admin_router);
     tracing::info!(node = %app.node().name, http = %clients.address, admin = %admins.address, tls = tls.is_some(), "node serves");
@@ -205,8 +205,8 @@ fn join(app: &Arc<App>) {
     cluster.expect_tenants(&app.registry().snapshot());
 }
 
-/// Opens the door of the client library, with the certificate of `[tls]` or, without one, this node's of the cluster.
-fn open_clients_quic(app: &Arc<App>, parts: Option<EndpointParts>) -> anyhow::Result<()> {
+/// Opens the door of the client library and of HTTP/3, with the certificate of `[tls]` or, without one, this node's of the cluster.
+fn open_clients_quic(app: &Arc<App>, parts: Option<EndpointParts>, router: axum::Router) -> anyhow::Result<()> {
     let Some(parts) = parts else { return Ok(()) };
     let endpoint = match (&app.config().tls, app.cluster()) {
         (Some(tls), _) => {
@@ -222,7 +222,7 @@ fn open_clients_quic(app: &Arc<App>, parts: Option<EndpointParts>) -> anyhow::Re
     };
     let config = &app.config().clients;
     let bounds = ClientBounds { connections: config.connections, bodies: (config.body_bytes >> 20).max(1) };
-    let door = ClientDoor::new(Arc::clone(app));
+    let door = ClientDoor::new(Arc::clone(app), router);
     tokio::spawn(clients::serve(endpoint, app.node().name.clone(), Arc::new(door), bounds));
     Ok(())
 }

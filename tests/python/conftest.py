@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import socket
+import ssl
 import subprocess
 import time
 import urllib.error
@@ -26,9 +27,12 @@ def free_port():
 class Node:
     """One running node and the commands to operate it."""
 
-    def __init__(self, folder, extra=""):
+    def __init__(self, folder, extra="", quic=None, ca=None):
         self.folder = folder
         self.http, self.admin = free_port(), free_port()
+        self.quic, self.ca = quic, ca
+        self.context = ssl.create_default_context(cafile=str(ca)) if ca else None
+        clients_quic = f'clients_quic = "127.0.0.1:{quic}"' if quic else ""
         self.config = folder / "cluster.toml"
         self.config.write_text(
             f"""
@@ -37,6 +41,7 @@ name = "a"
 http = "127.0.0.1:{self.http}"
 admin = "127.0.0.1:{self.admin}"
 data = "data"
+{clients_quic}
 
 [[bases]]
 name = "smollm2"
@@ -49,8 +54,9 @@ aliases = ["SmolLM2-135M-Instruct"]
         self.process = subprocess.Popen(
             [BIN, "node", "--config", str(self.config), "--name", "a"], stdout=self.log, stderr=subprocess.STDOUT
         )
-        self.url = f"http://127.0.0.1:{self.http}"
-        self.admin_url = f"http://127.0.0.1:{self.admin}"
+        scheme = "https" if ca else "http"
+        self.url = f"{scheme}://127.0.0.1:{self.http}"
+        self.admin_url = f"{scheme}://127.0.0.1:{self.admin}"
         self.wait_ready()
 
     def wait_ready(self):
@@ -58,7 +64,7 @@ aliases = ["SmolLM2-135M-Instruct"]
             if self.process.poll() is not None:
                 raise RuntimeError("the node ended:\n" + (self.folder / "node.log").read_text()[-4000:])
             try:
-                urllib.request.urlopen(self.url + "/readyz", timeout=1)
+                urllib.request.urlopen(self.url + "/readyz", timeout=1, context=self.context)
                 return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.1)
@@ -66,12 +72,19 @@ aliases = ["SmolLM2-135M-Instruct"]
 
     def ctl(self, *words, ok=True):
         done = subprocess.run(
-            [BIN, "ctl", "--config", str(self.config), *words], capture_output=True, text=True, timeout=60
+            [BIN, "ctl", "--config", str(self.config), *(["--ca", str(self.ca)] if self.ca else []), *words],
+            capture_output=True, text=True, timeout=60
         )
         if ok:
             assert done.returncode == 0, done.stderr
             return json.loads(done.stdout) if done.stdout.count("\n}\n") <= 1 else done.stdout
         return done
+
+    def post(self, path, key, body):
+        headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=60, context=self.context) as answer:
+            return json.load(answer)
 
     def tenant(self, name, *words):
         return self.ctl("tenant", "create", name, *words)["key"]["key"]

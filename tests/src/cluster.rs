@@ -3,6 +3,7 @@
 //! Used by the end-to-end tests and by `scripts/chaos`; knows nothing of a node's insides.
 
 use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,8 +17,9 @@ use rustls::pki_types::pem::PemObject;
 use serde_json::{Value, json};
 use shared::clock::{Clock, SystemClock};
 
+use crate::network::Network;
 use crate::operator::agent;
-use crate::process::{NodePlace, NodeProcess, NodeSpec, write_config};
+use crate::process::{NodePlace, NodeProcess, NodeSpec, write_config, write_config_as};
 
 /// Running nodes of one cluster file. Killed when dropped.
 #[derive(Debug)]
@@ -64,9 +66,43 @@ impl Cluster {
         Self { nodes, folder: folder.to_owned() }
     }
 
+    /// The same with a network between them that can be made bad.
+    pub fn start_apart(folder: &Path, spec: &NodeSpec, n: usize) -> (Self, Network) {
+        let places = NodePlace::cluster(n);
+        let addresses: Vec<SocketAddr> =
+            places.iter().map(|place| place.peer.expect("a node of a cluster has one")).collect();
+        let network = Network::between(&addresses);
+        write_config(folder, spec, &places);
+        for (me, place) in places.iter().enumerate() {
+            let mut seen = places.clone();
+            for (other, place) in seen.iter_mut().enumerate().filter(|(other, _)| *other != me) {
+                place.peer = Some(network.front(me, other));
+            }
+            write_config_as(&folder.join(format!("cluster-{}.toml", place.name)), spec, &seen);
+        }
+        let_in(folder, &places);
+        let mut nodes: Vec<NodeProcess> = places.into_iter().map(|place| NodeProcess::launch(folder, place)).collect();
+        nodes.iter_mut().for_each(NodeProcess::wait_ready);
+        (Self { nodes, folder: folder.to_owned() }, network)
+    }
+
     /// Where the cluster file is.
     pub fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// A configuration of the client library that knows all nodes and begins at node `door`.
+    pub fn library(&self, door: usize, key: &str) -> ClientConfig {
+        let n = self.nodes.len();
+        let address = |at: usize| {
+            let place = self.nodes[at % n].place();
+            let name = peer::pki::node_name(&place.name.parse().expect("a node's name"));
+            NodeAddress { address: place.quic.expect("nodes of a cluster have one"), name }
+        };
+        let nodes = (door..door + n).map(address).collect();
+        let root = self.folder.join(self.nodes[0].place().data()).join("ca.pem");
+        let roots = vec![CertificateDer::from_pem_file(root).expect("the authority's certificate")];
+        ClientConfig { nodes, key: key.to_owned(), roots }
     }
 
     /// What the log of every node says, for the message of a failing test.
@@ -103,20 +139,10 @@ impl Streaming {
         Self { n_tokens, thread: std::thread::spawn(move || stream(&url, &key, &body, last_event, &counter)) }
     }
 
-    /// The same through the client library, which begins at node `door` and knows all of them.
-    pub fn over_quic(cluster: &Cluster, door: usize, key: &str, body: &Value) -> Self {
+    /// The same through the client library.
+    pub fn by_library(config: ClientConfig, body: &Value) -> Self {
         let mut body = body.clone();
         body["return_token_ids"] = json!(true);
-        let n = cluster.nodes.len();
-        let address = |at: usize| {
-            let place = cluster.nodes[at % n].place();
-            let name = peer::pki::node_name(&place.name.parse().expect("a node's name"));
-            NodeAddress { address: place.quic.expect("nodes of a cluster have one"), name }
-        };
-        let nodes = (door..door + n).map(address).collect();
-        let root = cluster.folder.join(cluster.nodes[0].place().data()).join("ca.pem");
-        let roots = vec![CertificateDer::from_pem_file(root).expect("the authority's certificate")];
-        let config = ClientConfig { nodes, key: key.to_owned(), roots };
         let n_tokens = Arc::new(AtomicUsize::new(0));
         let counter = Arc::clone(&n_tokens);
         Self { n_tokens, thread: std::thread::spawn(move || stream_over_quic(config, &body, &counter)) }

@@ -168,6 +168,11 @@ impl NodePlace {
 
 /// Writes `cluster.toml` for these nodes.
 pub fn write_config(folder: &Path, spec: &NodeSpec, places: &[NodePlace]) {
+    write_config_as(&folder.join("cluster.toml"), spec, places);
+}
+
+/// The same under any name. A file `cluster-NODE.toml` is for that node alone.
+pub fn write_config_as(path: &Path, spec: &NodeSpec, places: &[NodePlace]) {
     let mut config = format!("{}\n", spec.tables);
     for place in places {
         let NodePlace { name, http, admin, .. } = place;
@@ -186,7 +191,7 @@ pub fn write_config(folder: &Path, spec: &NodeSpec, places: &[NodePlace]) {
         "[[bases]]\nname = \"{base}\"\npath = \"{}\"\npanels = \"{panels}\"\naliases = {aliases:?}\nnumerics = \"{numerics}\"\n",
         model.display()
     );
-    std::fs::write(folder.join("cluster.toml"), config).expect("the scratch folder is writable");
+    std::fs::write(path, config).expect("the scratch folder is writable");
 }
 
 // === impl NodeProcess ===
@@ -483,9 +488,10 @@ fn log_file(folder: &Path, name: &str) -> PathBuf {
 
 fn spawn(folder: &Path, name: &str) -> Child {
     let log = std::fs::OpenOptions::new().create(true).append(true).open(log_file(folder, name)).expect("a log file");
+    let own = folder.join(format!("cluster-{name}.toml"));
     Command::new(binary())
         .args(["node", "--name", name, "--config"])
-        .arg(folder.join("cluster.toml"))
+        .arg(if own.exists() { own } else { folder.join("cluster.toml") })
         .stdout(Stdio::null())
         .stderr(log)
         .spawn()

@@ -5,12 +5,15 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use ::wire::client::{Answer, Ask, Endpoint};
+use axum::Router;
 use peer::clients::{AnswerSink, ClientService, Failure};
+use quinn::Connection;
 use shared::error::RequestError;
 use shared::id::RequestId;
 
 use super::backend::{Backend, Refused};
 use super::generate::{Generate, Started};
+use super::http3;
 use super::json;
 use super::limits::Pace;
 use super::reply;
@@ -21,14 +24,16 @@ use super::stream::{Part, Sink, pump};
 pub struct ClientDoor<B> {
     backend: Arc<B>,
     pace: Pace,
+    /// The HTTP API, for those who speak HTTP/3.
+    router: Router,
 }
 
 // === impl ClientDoor ===
 
 impl<B: Backend> ClientDoor<B> {
-    /// A door to `backend`.
-    pub fn new(backend: Arc<B>) -> Self {
-        Self { backend, pace: Pace::default() }
+    /// A door to `backend`, and to the HTTP API before it.
+    pub fn new(backend: Arc<B>, router: Router) -> Self {
+        Self { backend, pace: Pace::default(), router }
     }
 
     async fn begin(&self, who: &B::Who, ask: Ask) -> Result<Started, RequestError> {
@@ -81,6 +86,10 @@ impl<B: Backend> ClientService for ClientDoor<B> {
         }
         let backend = Arc::clone(&self.backend);
         pump(backend, answering.shape, flow, Vec::new(), have, self.pace.keep_alive, pieces).await;
+    }
+
+    async fn http3(&self, connection: Connection) {
+        http3::serve(connection, self.router.clone()).await;
     }
 }
 

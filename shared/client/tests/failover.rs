@@ -104,6 +104,10 @@ impl ClientService for Node {
             answers.finish();
         }
     }
+
+    async fn http3(&self, connection: quinn::Connection) {
+        connection.close(0_u32.into(), b"not here");
+    }
 }
 
 /// A node in a runtime of its own, so that it can vanish.

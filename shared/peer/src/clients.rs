@@ -1,4 +1,5 @@
-//! The door for clients over QUIC (`tenantry/1`): who may come in, and what is read from them.
+//! The door for clients over QUIC (`tenantry/1`, and `h3` for the HTTP API): who may come in, and what is read from
+//! them.
 //!
 //! Called by the node's shell, which brings the TLS certificate and what answers ([`ClientService`]). A client is
 //! nobody until its key has been checked: until then one fixed-layout hello is read, and nothing else. What it asks
@@ -12,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use quinn::crypto::rustls::QuicServerConfig;
+use quinn::crypto::rustls::{HandshakeData, QuicServerConfig};
 use quinn::{
     Connection, Endpoint, EndpointConfig, IdleTimeout, Incoming, RecvStream, SendStream, ServerConfig, TransportConfig,
     VarInt,
@@ -57,6 +58,13 @@ const CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
 const SEND_WINDOW: u64 = 1024 * 1024;
 /// Bytes that somebody may have under way before the key is known; one stream takes them.
 const STRANGER_WINDOW: u32 = 4 * 1024;
+/// HTTP over QUIC, RFC 9114.
+const HTTP3_ALPN: &[u8] = b"h3";
+/// Bytes that an HTTP/3 client may have under way to this node. Its keys come with its requests, so it is a stranger
+/// with a body: enough to fill a line, little enough for thousands.
+const HTTP3_WINDOW: u32 = 256 * 1024;
+/// HTTP/3 needs three streams of its own: control and the two of header compression.
+const HTTP3_UNI_STREAMS: u32 = 3;
 /// Handshakes at once.
 const INCOMING_MAX: usize = 1024;
 /// From this many open handshakes on, addresses are validated first: nobody is made to answer for somebody else.
@@ -109,6 +117,9 @@ pub trait ClientService: Send + Sync + 'static {
         ask: Ask,
         answers: AnswerSink,
     ) -> impl Future<Output = ()> + Send;
+
+    /// Serves HTTP/3 on a connection until it ends.
+    fn http3(&self, connection: Connection) -> impl Future<Output = ()> + Send;
 }
 
 /// The door could not be opened.
@@ -162,7 +173,7 @@ fn open_with(
         .map_err(|error| tls_error(&error))?
         .with_no_client_auth()
         .with_cert_resolver(shown);
-    tls.alpn_protocols = vec![wire::CLIENT_ALPN.to_vec()];
+    tls.alpn_protocols = vec![wire::CLIENT_ALPN.to_vec(), HTTP3_ALPN.to_vec()];
     // Early data could be replayed.
     tls.max_early_data_size = 0;
     let tls = QuicServerConfig::try_from(tls).map_err(|error| tls_error(&error))?;
@@ -217,6 +228,12 @@ pub async fn serve<S: ClientService>(endpoint: Endpoint, node: NodeId, service: 
 async fn attend<S: ClientService>(door: Arc<Door<S>>, incoming: Incoming) {
     let connecting = async { incoming.accept()?.await };
     let Ok(Ok(connection)) = timeout(HELLO_WAIT_MAX, connecting).await else { return };
+    if speaks_http3(&connection) {
+        connection.set_receive_window(VarInt::from_u32(HTTP3_WINDOW));
+        connection.set_max_concurrent_bi_streams(VarInt::from_u32(STREAMS_MAX));
+        connection.set_max_concurrent_uni_streams(VarInt::from_u32(HTTP3_UNI_STREAMS));
+        return door.service.http3(connection).await;
+    }
     let Ok(Some(tenant)) = timeout(HELLO_WAIT_MAX, greet(&door, &connection)).await else {
         connection.close(code::REFUSED, b"no valid hello");
         return;
@@ -243,6 +260,11 @@ async fn attend<S: ClientService>(door: Arc<Door<S>>, incoming: Incoming) {
             sleep(ABANDONED_PAUSE).await;
         }
     }
+}
+
+fn speaks_http3(connection: &Connection) -> bool {
+    let agreed = connection.handshake_data().and_then(|data| data.downcast::<HandshakeData>().ok());
+    agreed.and_then(|agreed| agreed.protocol).is_some_and(|protocol| protocol == HTTP3_ALPN)
 }
 
 /// The first stream: the key, and whether it is good.

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tests::cluster::{Cluster, Streamed, Streaming};
+use tests::network::Network;
 use tests::operator::{self, GENEROUS};
 use tests::process::{NodeSpec, scratch, token_ids};
 
@@ -27,7 +28,18 @@ impl Fleet {
     pub(crate) fn start(name: &str) -> Self {
         let folder = scratch(name);
         let spec = NodeSpec::tiny(&folder).with(GENEROUS).with("[cluster]\ndrain_s = 0");
-        let cluster = Cluster::start(&folder, &spec, 3);
+        Self::of(Cluster::start(&folder, &spec, 3))
+    }
+
+    /// The same with a network between the nodes that can be made bad.
+    pub(crate) fn start_apart(name: &str) -> (Self, Network) {
+        let folder = scratch(name);
+        let spec = NodeSpec::tiny(&folder).with(GENEROUS).with("[cluster]\ndrain_s = 0");
+        let (cluster, network) = Cluster::start_apart(&folder, &spec, 3);
+        (Self::of(cluster), network)
+    }
+
+    fn of(cluster: Cluster) -> Self {
         let tenant =
             |n: usize| operator::tenant(&cluster.nodes[0], &format!("tenant{n}"), &json!({"allow_base": true}));
         let keys = (0..N_TENANTS).map(tenant).collect();
@@ -94,7 +106,7 @@ impl Fleet {
     /// Kills node `door` in mid-stream under clients of the library, which know all nodes. They notice a pause and
     /// nothing else; returns the longest of each.
     pub(crate) fn survives_in_the_library(&mut self, door: usize) -> Vec<Duration> {
-        let start = |(n, key): (usize, &String)| Streaming::over_quic(&self.cluster, door, key, &Self::body(n));
+        let start = |(n, key): (usize, &String)| Streaming::by_library(self.cluster.library(door, key), &Self::body(n));
         let streams: Vec<Streaming> = self.keys.iter().enumerate().map(start).collect();
         while streams.iter().any(|stream| stream.n_tokens() < 5 && !stream.is_over()) {
             std::thread::sleep(Duration::from_millis(1));

@@ -6,4 +6,5 @@
 mod fleet;
 mod kill;
 mod entry;
+mod network;
 mod doors;

@@ -67,6 +67,10 @@ impl ClientService for Teller {
             answers.finish();
         }
     }
+
+    async fn http3(&self, connection: quinn::Connection) {
+        connection.close(0_u32.into(), b"not here");
+    }
 }
 
 /// A certificate for the door, and the authority that signed it.
