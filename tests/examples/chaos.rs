@@ -12,6 +12,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use shared::clock::{Clock, SystemClock};
 use tests::cluster::{Cluster, Streamed, Streaming};
+use tests::network::Network;
 use tests::operator::{self, GENEROUS};
 use tests::process::{NodeSpec, scratch};
 
@@ -37,6 +38,10 @@ enum Disturbance {
     Entry,
     /// The same with the client library.
     Library,
+    /// The node of the clients and one that computes do not reach each other.
+    Partition,
+    /// 5 % of all packets between nodes are lost, the rest is late by 5 ms.
+    Loss,
 }
 
 struct Plan {
@@ -49,6 +54,7 @@ struct Plan {
 /// The cluster, its tenants' keys, what each should get.
 struct Bench {
     cluster: Cluster,
+    network: Network,
     keys: Vec<String>,
     expected: Vec<Vec<u32>>,
     n_tokens: u64,
@@ -69,9 +75,13 @@ fn main() -> ExitCode {
         Some("leave") => rounds(&plan(Disturbance::Leave)),
         Some("entry") => rounds(&plan(Disturbance::Entry)),
         Some("library") => rounds(&plan(Disturbance::Library)),
+        Some("partition") => rounds(&plan(Disturbance::Partition)),
+        Some("loss") => rounds(&plan(Disturbance::Loss)),
         Some("rolling") => rolling(number(1, 2)),
         _ => {
-            eprintln!("usage: chaos kill|freeze|leave|entry|library|rolling [rounds] [streams] [tokens]");
+            eprintln!(
+                "usage: chaos kill|freeze|leave|entry|library|partition|loss|rolling [rounds] [streams] [tokens]"
+            );
             return ExitCode::from(2);
         }
     };
@@ -150,11 +160,11 @@ impl Bench {
         let folder = scratch("chaos");
         let tables = "[engine]\nthreads = 1\nkv_mib = 256\n\n[cluster]\ndrain_s = 6";
         let spec = NodeSpec::real().with(GENEROUS).with(tables);
-        let cluster = Cluster::start(&folder, &spec, 3);
+        let (cluster, network) = Cluster::start_apart(&folder, &spec, 3);
         let tenant =
             |n: usize| operator::tenant(&cluster.nodes[0], &format!("tenant{n}"), &json!({"allow_base": true}));
         let keys: Vec<String> = (0..plan.n_streams).map(tenant).collect();
-        let mut bench = Self { cluster, keys, expected: Vec::new(), n_tokens: plan.n_tokens };
+        let mut bench = Self { cluster, network, keys, expected: Vec::new(), n_tokens: plan.n_tokens };
         bench.wait_for_tenants();
         let undisturbed = || bench.streams(0).into_iter().map(|stream| stream.join().ids).collect();
         bench.expected = expected.unwrap_or_else(undisturbed);
@@ -253,6 +263,8 @@ impl Bench {
     fn disturb(&mut self, disturbance: Disturbance, victim: usize) {
         match disturbance {
             Disturbance::Kill | Disturbance::Entry | Disturbance::Library => self.cluster.nodes[victim].kill(),
+            Disturbance::Partition => self.network.cut(0, victim, true),
+            Disturbance::Loss => self.network.make_bad(0.05, Duration::from_millis(5)),
             Disturbance::Freeze => self.cluster.nodes[victim].signal("STOP"),
             Disturbance::Leave => self.cluster.nodes[victim].signal("TERM"),
         }
@@ -262,6 +274,8 @@ impl Bench {
         let node = &mut self.cluster.nodes[victim];
         match disturbance {
             Disturbance::Kill | Disturbance::Entry | Disturbance::Library => node.restart(),
+            Disturbance::Partition => self.network.cut(0, victim, false),
+            Disturbance::Loss => self.network.make_bad(0.0, Duration::ZERO),
             Disturbance::Freeze => {
                 std::thread::sleep(FROZEN);
                 node.signal("CONT");

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -131,16 +132,21 @@ pub fn scratch(name: &str) -> PathBuf {
     folder
 }
 
-/// An address on loopback that is free now.
+/// An address on loopback whose port nobody uses, be it for TCP or for UDP. Outside the ports that the system gives to
+/// those who ask for any, since a node takes it later; and processes that run at once begin at different ones.
 fn free_address() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has ports");
-    listener.local_addr().expect("a bound listener has an address")
-}
-
-/// The same for datagrams.
-fn free_udp_address() -> SocketAddr {
-    let socket = UdpSocket::bind("127.0.0.1:0").expect("loopback has ports");
-    socket.local_addr().expect("a bound socket has an address")
+    const FIRST: u16 = 20_000;
+    const N_PORTS: u32 = 12_000;
+    /// More than one test takes.
+    const PER_PROCESS: u32 = 61;
+    static TAKEN: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let n = std::process::id().wrapping_mul(PER_PROCESS).wrapping_add(TAKEN.fetch_add(1, Ordering::Relaxed));
+        let address = SocketAddr::from(([127, 0, 0, 1], FIRST + (n % N_PORTS) as u16));
+        if TcpListener::bind(address).is_ok() && UdpSocket::bind(address).is_ok() {
+            return address;
+        }
+    }
 }
 
 // === impl NodePlace ===
@@ -156,7 +162,7 @@ impl NodePlace {
         let names = ('a'..='z').map(String::from);
         names
             .take(n)
-            .map(|name| Self { name, peer: Some(free_udp_address()), quic: Some(free_udp_address()), ..Self::alone() })
+            .map(|name| Self { name, peer: Some(free_address()), quic: Some(free_address()), ..Self::alone() })
             .collect()
     }
 
