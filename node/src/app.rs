@@ -27,7 +27,7 @@ use shared::clock::Clock;
 use shared::cluster::{NodeLoad, NodePhase};
 use shared::config::{ClusterConfig, NodeConfig};
 use shared::error::{ErrorKind, RequestError};
-use shared::id::{BaseName, RequestId, Route, TenantId};
+use shared::id::{BaseName, NodeId, RequestId, Route, TenantId};
 use shared::request::{Emitted, Envelope, Generation};
 use shared::tenant::TenantContract;
 use tokio::sync::{Notify, Semaphore, watch};
@@ -238,6 +238,14 @@ impl App {
         self.registry.snapshot().epoch() > 0 || self.registry.status().borrow().leader.is_some()
     }
 
+    /// False in the first second of a new cluster: its founder decides alone, and nobody could follow it yet.
+    fn voters_vote(&self) -> bool {
+        let status = self.registry.status();
+        let members = &status.borrow().members;
+        let votes = |node: &NodeId| members.iter().any(|member| member.votes && member.node == *node);
+        self.registry.configured().iter().filter(|member| member.votes).all(|member| votes(&member.node))
+    }
+
     /// Whether new requests may come in.
     pub(crate) fn check_open(&self) -> Result<(), RequestError> {
         let wait = Duration::from_secs(1);
@@ -428,8 +436,8 @@ impl Backend for App {
         if let Some(cluster) = &self.cluster {
             let detail = "every other node has been heard, or waited for".to_owned();
             checks.push(Check { name: "cluster", ok: cluster.has_looked_round(), detail });
-            let detail = "tenants are known, or a leader to learn them from".to_owned();
-            checks.push(Check { name: "registry", ok: self.knows_tenants(), detail });
+            let detail = "tenants are known, and every voter of the cluster file votes".to_owned();
+            checks.push(Check { name: "registry", ok: self.knows_tenants() && self.voters_vote(), detail });
         }
         checks
     }

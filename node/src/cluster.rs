@@ -277,6 +277,11 @@ impl ClusterNode {
         self.records.lock().take(self.clock.now(), id)
     }
 
+    /// Records that are kept here.
+    pub fn n_records(&self) -> usize {
+        self.records.lock().len()
+    }
+
     /// Forgets old records; those whose entry node never said how they ended.
     pub fn forget_records(&self) -> Vec<JournalRecord> {
         self.records.lock().forget(self.clock.now())

@@ -10,6 +10,7 @@ use std::fmt::Write as _;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use coordinator::membership::detector::Health;
 use dashmap::DashMap;
 use kernels::kv::PAGE_TOKENS;
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
@@ -22,6 +23,7 @@ use shared::tenant::Tier;
 
 use crate::app::App;
 use crate::base_room::BaseRoom;
+use crate::cluster::ClusterNode;
 use crate::metering::{Outcome, UsageRecord};
 
 /// Tenants that get a label value of their own: keeps the series count bounded, as llm-d's scheduler does.
@@ -111,6 +113,11 @@ fn describe() {
         "tenantry_prewarms_total",
         "Adapters fetched before they were asked for, by reason: plan (of this node) or hint (of another)."
     );
+    describe_gauge!("tenantry_ring_epoch", "Epoch of this node's routing table; rises when tenants may move.");
+    describe_gauge!("tenantry_cluster_nodes", "Nodes of the cluster file, by what this node thinks of them.");
+    describe_gauge!("tenantry_registry_leader_known", "1 while this node knows who takes changes of the registry.");
+    describe_gauge!("tenantry_records_kept", "Requests of other nodes whose records are kept here.");
+    describe_counter!("tenantry_peers_refused_total", "Connections to the peer port that were turned away, by reason.");
     describe_counter!(
         "tenantry_requests_resumed_total",
         "Requests that go on here after their entry node or connection was lost, by tenant."
@@ -367,6 +374,31 @@ pub fn connection_refused() {
 pub fn stream_cut(reason: &'static str) {
     counter!("tenantry_streams_cut_total", "reason" => reason).increment(1);
 }
+
+/// The cluster as this node sees it; read when somebody asks.
+pub fn cluster_state(cluster: &ClusterNode, has_leader: bool) {
+    let table = cluster.coordinator().tables().borrow().clone();
+    gauge!("tenantry_ring_epoch").set(table.epoch() as f64);
+    for (health, label) in HEALTHS {
+        let n = table.members().values().filter(|member| member.health == health).count();
+        gauge!("tenantry_cluster_nodes", "health" => label).set(n as f64);
+    }
+    gauge!("tenantry_registry_leader_known").set(f64::from(u8::from(has_leader)));
+    gauge!("tenantry_records_kept").set(cluster.n_records() as f64);
+    for refusal in peer::Refusal::ALL {
+        let n = cluster.net().refusals().count(refusal);
+        counter!("tenantry_peers_refused_total", "reason" => refusal.as_str()).absolute(n);
+    }
+}
+
+/// What a node may think of another, and its label.
+const HEALTHS: [(Health, &str); 5] = [
+    (Health::Alive, "alive"),
+    (Health::Suspect, "suspect"),
+    (Health::Returning, "returning"),
+    (Health::Dead, "dead"),
+    (Health::Absent, "absent"),
+];
 
 /// A request goes on here.
 pub fn resumed(tenant: &TenantId) {

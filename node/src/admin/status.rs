@@ -97,6 +97,9 @@ fn tenant_status(tenant: &TenantStats) -> Value {
 pub(super) async fn metrics(State(admin): Shared) -> Response<Body> {
     let app = &admin.app;
     metrics::node_state(app.journal().backlog(), app.registry().snapshot().epoch());
+    if let Some(cluster) = app.cluster() {
+        metrics::cluster_state(cluster, app.registry().status().borrow().leader.is_some());
+    }
     for room in app.rooms().values() {
         metrics::base_state(room);
     }

@@ -7,4 +7,5 @@ mod fleet;
 mod kill;
 mod entry;
 mod network;
+mod registry;
 mod doors;
