@@ -37,6 +37,7 @@ mod disk;
 pub mod cluster;
 pub mod status;
 mod raft;
+mod election;
 mod replica;
 mod keeper;
 mod submit;

@@ -3,7 +3,7 @@
 //! Started and closed by [`super::keeper`]. Writes, membership, compaction and messages from other nodes meet here.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use openraft::error::{ClientWriteError, RaftError};
@@ -11,6 +11,7 @@ use openraft::{ChangeMembers, Config, RaftMetrics, ServerState, SnapshotPolicy};
 
 use super::cluster::{Cluster, Member};
 use super::disk::Disk;
+use super::election::{LOOK_EVERY, Patience};
 use super::error::RegistryError;
 use super::raft::log::Log;
 use super::raft::machine::Machine;
@@ -37,6 +38,18 @@ pub(super) struct Replica {
     pub(super) disk: Disk,
     cluster: Arc<Cluster>,
     registry: Arc<OnceLock<RegistryId>>,
+    patience: Arc<Mutex<Patience>>,
+    /// Ends with the last handle.
+    _watch: Arc<Watch>,
+}
+
+/// The task that stands for election.
+struct Watch(tokio::task::JoinHandle<()>);
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// How a write ended.
@@ -65,7 +78,9 @@ impl Replica {
         let config = Arc::new(config(&cluster)?);
         let raft = Raft::new(raft_id(&cluster.me), config, network, log, machine).await;
         let raft = raft.map_err(|error| RegistryError::Open(error.to_string()))?;
-        Ok(Self { raft, disk, cluster, registry: id })
+        let patience = Arc::new(Mutex::new(Patience::new(now(), cluster.timing.election.1)));
+        let watch = Watch(tokio::spawn(stand_in_turn(raft.clone(), raft_id(&cluster.me), patience.clone())));
+        Ok(Self { raft, disk, cluster, registry: id, patience, _watch: Arc::new(watch) })
     }
 
     /// Stops taking part and lets go of the directory. Says whether something panicked.
@@ -108,6 +123,9 @@ impl Replica {
         };
         if let Err(reason) = self.belongs_to(theirs).await {
             return Told::Refused(reason);
+        }
+        if matches!(message.ask, Ask::Append(_) | Ask::Install(_)) {
+            lock(&self.patience).on_leader(now());
         }
         network::answer(&self.raft, message.ask).await
     }
@@ -205,6 +223,33 @@ impl Replica {
             tracing::warn!(%error, "the registry's members could not be changed; tried again");
         }
     }
+}
+
+/// Stands for election when it is this node's turn, until the node's part ends.
+async fn stand_in_turn(raft: Raft, me: u64, patience: Arc<Mutex<Patience>>) {
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        let (voters, leader) = {
+            let metrics = raft.metrics();
+            let metrics = metrics.borrow();
+            let voters: BTreeSet<u64> = metrics.membership_config.voter_ids().collect();
+            (voters, metrics.current_leader)
+        };
+        let stands = lock(&patience).on_tick(now(), me, &voters, leader);
+        if stands && raft.trigger().elect().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Time as openraft has it.
+fn now() -> std::time::Instant {
+    tokio::time::Instant::now().into_std()
+}
+
+/// A panic under this short lock leaves nothing half-done.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// One change of the members.
