@@ -19,6 +19,8 @@ namespace {
 
 // Weights of a query in shared memory: a multiple of 32 plus 16, so that the lanes of a quarter-warp read different banks.
 constexpr uint32_t PITCH = SPLIT + 16;
+// Steps whose keys or values are loaded before the first of them is used.
+constexpr uint32_t AHEAD = 4;
 // Weights are at most 1; scaled by this, the smallest that matter are still normal f16.
 constexpr float WEIGHT_SCALE = 16384.0f;
 
@@ -66,20 +68,20 @@ __device__ __forceinline__ const uint16_t* keys_at(const AttentionParams& p, con
 }
 
 // Scales and splits the queries into fragments. The lane `quad` of a fragment holds eight consecutive dimensions, as it
-// will read them from a key: fragments 2i and 2i + 1 cover dimensions 32i to 32i + 31.
+// will read them from a key: fragments 2i and 2i + 1 cover dimensions 32i to 32i + 31. Rows of the tile without a query
+// stay as they are, here and below: what a tensor core makes of them reaches no other row and is not stored.
 __device__ __forceinline__ void load_queries(const AttentionParams& p, const AttentionTile& tile, const Shared& s) {
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (uint32_t index = warp * 4; index < warp * 4 + 4; ++index) {
-        const bool exists = index < tile.n_queries;
-        const float* q = p.q + (exists ? place_of(p, tile, index) : 0);
+    for (uint32_t index = warp; index < tile.n_queries; index += 4) {
+        const float* q = p.q + place_of(p, tile, index);
         float max = 0.0f;
-        for (uint32_t d = lane; exists && d < p.head_dim; d += 32) max = fmaxf(max, fabsf(q[d]));
+        for (uint32_t d = lane; d < p.head_dim; d += 32) max = fmaxf(max, fabsf(q[d]));
         max = max_over_warp(max);
         const int exponent = scale_exponent(max);
         const float scale = power_of_two(exponent);
         for (uint32_t d = lane * 2; d < p.head_dim; d += 64) {
-            const uint32_t even = exists ? in_two_parts(__fmul_rn(q[d], scale)) : 0;
-            const uint32_t odd = exists ? in_two_parts(__fmul_rn(q[d + 1], scale)) : 0;
+            const uint32_t even = in_two_parts(__fmul_rn(q[d], scale));
+            const uint32_t odd = in_two_parts(__fmul_rn(q[d + 1], scale));
             const uint32_t quad = d % 32 / 8, fragment = d / 32 * 2 + d % 8 / 4, slot = d % 4 / 2 * 2 + index / 8;
             uint32_t* to = s.queries + (fragment * 2 * 32 + index % 8 * 4 + quad) * 4 + slot;
             to[0] = firsts(even, odd);
@@ -109,26 +111,40 @@ __device__ __forceinline__ void score(const AttentionParams& p, const AttentionT
             keys[n] = p.kv;
             if (exists[n]) keys[n] = keys_at(p, tile, position) + position % PAGE * p.head_dim + quad * 8;
         }
-        for (uint32_t d = 0; d < p.head_dim; d += 32) {
-            uint32_t first_parts[2][4], rest_parts[2][4];
+        for (uint32_t dims = 0; dims < p.head_dim; dims += AHEAD * 32) {
+            // All loads before the first product: they take far longer than it.
+            uint4 k[AHEAD][4];
 #pragma unroll
-            for (uint32_t half = 0; half < 2; ++half) {
-                const uint32_t* from = s.queries + ((d / 16 + half) * 2 * 32 + lane) * 4;
-                const uint4 one = *reinterpret_cast<const uint4*>(from);
-                const uint4 two = *reinterpret_cast<const uint4*>(from + 32 * 4);
-                first_parts[half][0] = one.x, first_parts[half][1] = one.y;
-                first_parts[half][2] = one.z, first_parts[half][3] = one.w;
-                rest_parts[half][0] = two.x, rest_parts[half][1] = two.y;
-                rest_parts[half][2] = two.z, rest_parts[half][3] = two.w;
+            for (uint32_t i = 0; i < AHEAD; ++i) {
+#pragma unroll
+                for (uint32_t n = 0; n < 4; ++n) {
+                    k[i][n] = {0, 0, 0, 0};
+                    const uint32_t d = dims + i * 32;
+                    if (exists[n] && d < p.head_dim) k[i][n] = *reinterpret_cast<const uint4*>(keys[n] + d);
+                }
             }
 #pragma unroll
-            for (uint32_t n = 0; n < 4; ++n) {
-                uint4 k = {0, 0, 0, 0};
-                if (exists[n]) k = *reinterpret_cast<const uint4*>(keys[n] + d);
-                mma(acc[n], first_parts[0], k.x, k.y);
-                mma(acc[n], rest_parts[0], k.x, k.y);
-                mma(acc[n], first_parts[1], k.z, k.w);
-                mma(acc[n], rest_parts[1], k.z, k.w);
+            for (uint32_t i = 0; i < AHEAD; ++i) {
+                const uint32_t d = dims + i * 32;
+                if (d >= p.head_dim) break;
+                uint32_t first_parts[2][4], rest_parts[2][4];
+#pragma unroll
+                for (uint32_t half = 0; half < 2; ++half) {
+                    const uint32_t* from = s.queries + ((d / 16 + half) * 2 * 32 + lane) * 4;
+                    const uint4 one = *reinterpret_cast<const uint4*>(from);
+                    const uint4 two = *reinterpret_cast<const uint4*>(from + 32 * 4);
+                    first_parts[half][0] = one.x, first_parts[half][1] = one.y;
+                    first_parts[half][2] = one.z, first_parts[half][3] = one.w;
+                    rest_parts[half][0] = two.x, rest_parts[half][1] = two.y;
+                    rest_parts[half][2] = two.z, rest_parts[half][3] = two.w;
+                }
+#pragma unroll
+                for (uint32_t n = 0; n < 4; ++n) {
+                    mma(acc[n], first_parts[0], k[i][n].x, k[i][n].y);
+                    mma(acc[n], rest_parts[0], k[i][n].x, k[i][n].y);
+                    mma(acc[n], first_parts[1], k[i][n].z, k[i][n].w);
+                    mma(acc[n], rest_parts[1], k[i][n].z, k[i][n].w);
+                }
             }
         }
 #pragma unroll
@@ -140,14 +156,14 @@ __device__ __forceinline__ void score(const AttentionParams& p, const AttentionT
     }
 }
 
-// Turns scores into weights in two parts, and updates M, L and the factors of O. A warp does its own four queries.
+// Turns scores into weights in two parts, and updates M, L and the factors of O. A warp does every fourth query.
 __device__ __forceinline__ void soften(const AttentionParams& p, const AttentionTile& tile, const Shared& s,
                                        uint32_t begin, uint32_t padded) {
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (uint32_t index = warp * 4; index < warp * 4 + 4; ++index) {
+    for (uint32_t index = warp; index < tile.n_queries; index += 4) {
         float* weights = s.weights + index * PITCH;
         uint32_t n = 0;
-        if (index < tile.n_queries && limit_of(p, tile, index) > begin) {
+        if (limit_of(p, tile, index) > begin) {
             n = smaller(limit_of(p, tile, index) - begin, SPLIT);
         }
         float max = of_bits(0xff800000u);
@@ -178,25 +194,41 @@ __device__ __forceinline__ void mix(const AttentionParams& p, const AttentionTil
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
     for (uint32_t first = warp * 8; first < p.head_dim; first += 4 * 32) {
         float acc[4][4] = {};
-        for (uint32_t position = begin; position < end; position += PAGE) {
-            const uint32_t at = position - begin + quad * 4;
-            const uint4 low = *reinterpret_cast<const uint4*>(s.weights + group * PITCH + at);
-            const uint4 high = *reinterpret_cast<const uint4*>(s.weights + (group + 8) * PITCH + at);
-            const uint32_t first_parts[4] = {firsts(low.x, low.y), firsts(high.x, high.y), firsts(low.z, low.w),
-                                             firsts(high.z, high.w)};
-            const uint32_t rest_parts[4] = {rests(low.x, low.y), rests(high.x, high.y), rests(low.z, low.w),
-                                            rests(high.z, high.w)};
-            const uint16_t* values = keys_at(p, tile, position) + PAGE * p.head_dim;
-            const uint32_t left = end > begin + at ? end - begin - at : 0;
-            const uint64_t seen = left >= 4 ? ~0ull : (1ull << (16 * left)) - 1;
+        for (uint32_t pages = begin; pages < end; pages += AHEAD * PAGE) {
+            uint2 v[AHEAD][4];
 #pragma unroll
-            for (uint32_t n = 0; n < 4; ++n) {
-                const uint32_t dim = first + n * 32 + group;
-                if (first + n * 32 >= p.head_dim) break;
-                uint2 v = *reinterpret_cast<const uint2*>(values + dim * PAGE + quad * 4);
-                v.x &= static_cast<uint32_t>(seen), v.y &= static_cast<uint32_t>(seen >> 32);
-                mma(acc[n], first_parts, v.x, v.y);
-                mma(acc[n], rest_parts, v.x, v.y);
+            for (uint32_t i = 0; i < AHEAD; ++i) {
+                const uint32_t position = pages + i * PAGE, at = position - begin + quad * 4;
+                const uint16_t* values = p.kv;
+                if (position < end) values = keys_at(p, tile, position) + PAGE * p.head_dim;
+                const uint32_t left = end > begin + at ? end - begin - at : 0;
+                const uint64_t seen = left >= 4 ? ~0ull : (1ull << (16 * left)) - 1;
+#pragma unroll
+                for (uint32_t n = 0; n < 4; ++n) {
+                    const uint32_t dim = first + n * 32 + group;
+                    v[i][n] = {0, 0};
+                    if (position < end && first + n * 32 < p.head_dim) {
+                        v[i][n] = *reinterpret_cast<const uint2*>(values + dim * PAGE + quad * 4);
+                    }
+                    v[i][n].x &= static_cast<uint32_t>(seen), v[i][n].y &= static_cast<uint32_t>(seen >> 32);
+                }
+            }
+#pragma unroll
+            for (uint32_t i = 0; i < AHEAD; ++i) {
+                const uint32_t position = pages + i * PAGE, at = position - begin + quad * 4;
+                if (position >= end) break;
+                const uint4 low = *reinterpret_cast<const uint4*>(s.weights + group * PITCH + at);
+                const uint4 high = *reinterpret_cast<const uint4*>(s.weights + (group + 8) * PITCH + at);
+                const uint32_t first_parts[4] = {firsts(low.x, low.y), firsts(high.x, high.y), firsts(low.z, low.w),
+                                                 firsts(high.z, high.w)};
+                const uint32_t rest_parts[4] = {rests(low.x, low.y), rests(high.x, high.y), rests(low.z, low.w),
+                                                rests(high.z, high.w)};
+#pragma unroll
+                for (uint32_t n = 0; n < 4; ++n) {
+                    if (first + n * 32 >= p.head_dim) break;
+                    mma(acc[n], first_parts, v[i][n].x, v[i][n].y);
+                    mma(acc[n], rest_parts, v[i][n].x, v[i][n].y);
+                }
             }
         }
 #pragma unroll
@@ -219,6 +251,7 @@ __device__ __forceinline__ float* partial_at(const AttentionParams& p, uint32_t 
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(THREADS) attention(const AttentionParams p) {
+    await_kernels_before();
     const AttentionTile tile = p.tiles[blockIdx.x];
     const Shared s = layout(p.head_dim);
     load_queries(p, tile, s);
@@ -249,20 +282,33 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(const AttentionP
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) attention_combine(const AttentionParams p) {
+    let_next_start();
+    await_kernels_before();
+    // Splits whose numbers are loaded before the first of them is used.
+    constexpr uint32_t BATCH = 8;
     const AttentionTile tile = p.tiles[blockIdx.x];
-    for (uint32_t i = threadIdx.x; i < tile.n_queries * p.head_dim; i += THREADS) {
-        const uint32_t index = i / p.head_dim, d = i % p.head_dim;
-        float max = of_bits(0xff800000u), sum = 0.0f, mixed = 0.0f;
-        for (uint32_t split = 0; split < tile.n_splits; ++split) {
-            if (split * SPLIT >= limit_of(p, tile, index)) break;
-            const float* from = partial_at(p, tile.partial + split);
+    const uint32_t i = blockIdx.z * THREADS + threadIdx.x, index = i / p.head_dim, d = i % p.head_dim;
+    if (index >= tile.n_queries) return;
+    const uint32_t n_splits = smaller(tile.n_splits, (limit_of(p, tile, index) + SPLIT - 1) / SPLIT);
+    float max = of_bits(0xff800000u), sum = 0.0f, mixed = 0.0f;
+    for (uint32_t first = 0; first < n_splits; first += BATCH) {
+        float maxima[BATCH] = {}, sums[BATCH] = {}, mixes[BATCH] = {};
+#pragma unroll
+        for (uint32_t split = 0; split < BATCH; ++split) {
+            if (first + split >= n_splits) break;
+            const float* from = partial_at(p, tile.partial + first + split);
             const float* tail = from + TILE * p.head_dim;
-            const float after = fmaxf(max, tail[index]);
-            const float keep = exp_exactly(__fsub_rn(max, after)), join = exp_exactly(__fsub_rn(tail[index], after));
-            sum = __fmaf_rn(sum, keep, __fmul_rn(tail[TILE + index], join));
-            mixed = __fmaf_rn(mixed, keep, __fmul_rn(from[i], join));
+            maxima[split] = tail[index], sums[split] = tail[TILE + index], mixes[split] = from[i];
+        }
+#pragma unroll
+        for (uint32_t split = 0; split < BATCH; ++split) {
+            if (first + split >= n_splits) break;
+            const float after = fmaxf(max, maxima[split]);
+            const float keep = exp_exactly(__fsub_rn(max, after)), join = exp_exactly(__fsub_rn(maxima[split], after));
+            sum = __fmaf_rn(sum, keep, __fmul_rn(sums[split], join));
+            mixed = __fmaf_rn(mixed, keep, __fmul_rn(mixes[split], join));
             max = after;
         }
-        p.out[place_of(p, tile, index) + d] = __fmul_rn(mixed, __fdiv_rn(1.0f, sum));
     }
+    p.out[place_of(p, tile, index) + d] = __fmul_rn(mixed, __fdiv_rn(1.0f, sum));
 }

@@ -12,6 +12,7 @@
 #include "emulation.h"
 #else
 #define SYNC(id) __syncthreads()
+#define SYNC_WARP(id) __syncwarp()
 extern __shared__ __align__(16) unsigned char shared_bytes[];
 #define SHARED_BYTES shared_bytes
 
@@ -31,10 +32,65 @@ static __device__ __forceinline__ float shuffle_xor(float x, int mask) { return 
 
 // c [16 rows][8 columns] += a [16][16] b [16][8]; fragments as PTX lays mma.m16n8k16 out.
 static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// In every kernel, before any thread may return: waits until all kernels before this one have ended and what they wrote is
+// seen. Only frozen weights may be read before it. Devices before sm_90 start a kernel when the one before has ended.
+static __device__ __forceinline__ void await_kernels_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the blocks of the next kernel be started beside those of this one. For kernels that leave the device empty: beside
+// a large one they would crowd where its first blocks ended.
+static __device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Copies 16 bytes from global to shared memory; they are there after an `async_wait` for the group they were committed in.
+static __device__ __forceinline__ void async_copy(void* to, const void* from) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+
+static __device__ __forceinline__ void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for all groups of this thread but the last `left`.
+template <uint32_t left>
+static __device__ __forceinline__ void async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
+}
+
+// c [16 rows][8 columns] += a [16][32] b [32][8] in integers; fragments as PTX lays mma.m16n8k32 out. `unsigned_a` says
+// how the bytes of a are read; those of b have a sign.
+template <bool unsigned_a>
+static __device__ __forceinline__ void mma_int(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if (unsigned_a) {
+        asm(
+            "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    } else {
+        asm(
+            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+}
+
+// As above with 16 inputs, all bytes with a sign: mma.m16n8k16.
+static __device__ __forceinline__ void mma_int_short(int32_t (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+    asm(
+        "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
 }
 #endif
 
@@ -61,6 +117,10 @@ static __device__ __forceinline__ uint32_t in_two_parts(float x) {
 // The first parts of two numbers, and the rests.
 static __device__ __forceinline__ uint32_t firsts(uint32_t x, uint32_t y) { return (x & 0xffffu) | y << 16; }
 static __device__ __forceinline__ uint32_t rests(uint32_t x, uint32_t y) { return x >> 16 | (y & 0xffff0000u); }
+
+static __device__ __forceinline__ uint32_t shuffle_bits(uint32_t x, int mask) {
+    return bits_of(shuffle_xor(of_bits(x), mask));
+}
 
 static __device__ __forceinline__ float max_over_warp(float x) {
     for (int mask = 16; mask > 0; mask /= 2) x = fmaxf(x, shuffle_xor(x, mask));

@@ -48,12 +48,21 @@ constexpr uint64_t CANARY = 0x7465'6e61'6e74'7279;
 
 enum class State { ready, at_barrier, in_warp, done };
 
+struct Copy {
+    void* to;
+    const void* from;
+    uint32_t group;
+};
+
 struct Fiber {
     void* stack_pointer;
     State state;
     uint32_t barrier;
     Collective operation;
     void* argument;
+    // Copies asked for, with the group they belong to, and groups committed so far.
+    std::vector<Copy> copies;
+    uint32_t groups;
 };
 
 // One launch. Lives on the caller's stack; fibers find it through `machine`.
@@ -125,6 +134,35 @@ void mma_warp(Fiber* lanes) {
     }
 }
 
+// Lane (4 * group + quad) holds a: rows group and group + 8 of inputs 4 * quad to + 3, then the same of inputs 16 more; b:
+// those inputs of column group; c as above (PTX ISA, "Matrix Fragments for mma.m16n8k32" and "m16n8k16", integer).
+void mma_int_warp(Fiber* lanes) {
+    int32_t a[16][32] = {}, b[32][8] = {};
+    const auto* any = static_cast<const MmaInt*>(lanes[0].argument);
+    for (uint32_t lane = 0; lane < WARP; ++lane) {
+        const auto* from = static_cast<const MmaInt*>(lanes[lane].argument);
+        const uint32_t group = lane / 4, quad = lane % 4;
+        for (uint32_t word = 0; word < any->k / 8; ++word) {
+            for (uint32_t i = 0; i < 4; ++i) {
+                const auto byte = static_cast<uint8_t>(from->a[word] >> (i * 8));
+                a[group + word % 2 * 8][quad * 4 + i + word / 2 * 16] = any->unsigned_a ? byte : static_cast<int8_t>(byte);
+            }
+        }
+        for (uint32_t word = 0; word < any->k / 16; ++word) {
+            for (uint32_t i = 0; i < 4; ++i) {
+                b[quad * 4 + i + word * 16][group] = static_cast<int8_t>(from->b[word] >> (i * 8));
+            }
+        }
+    }
+    for (uint32_t row = 0; row < 16; ++row) {
+        for (uint32_t column = 0; column < 8; ++column) {
+            auto* to = static_cast<MmaInt*>(lanes[row % 8 * 4 + column / 2].argument);
+            int32_t& sum = to->c[row / 8 * 2 + column % 2];
+            for (uint32_t k = 0; k < any->k; ++k) sum += a[row][k] * b[k][column];
+        }
+    }
+}
+
 // Runs `index` until it waits or ends.
 void resume(uint32_t index) {
     machine->running = index;
@@ -140,7 +178,7 @@ void prepare(uint32_t index) {
     auto** top = reinterpret_cast<void**>(high) - 8;
     std::memset(top, 0, 8 * sizeof(void*));
     top[6] = reinterpret_cast<void*>(fiber_main);
-    machine->fibers[index] = {top, State::ready, 0, Collective::mma, nullptr};
+    machine->fibers[index] = {top, State::ready, 0, Collective::mma, nullptr, {}, 0};
 }
 
 // Lets a complete barrier go; false when nobody can go on.
@@ -216,8 +254,34 @@ void wait_for_warp(Collective operation, void* argument) {
             return yield();
         }
     }
-    operation == Collective::mma ? mma_warp(lanes) : shuffle_warp(lanes);
+    switch (operation) {
+        case Collective::mma: mma_warp(lanes); break;
+        case Collective::mma_int: mma_int_warp(lanes); break;
+        case Collective::shuffle_xor: shuffle_warp(lanes); break;
+        case Collective::sync: break;
+    }
     for (uint32_t lane = 0; lane < WARP; ++lane) lanes[lane].state = State::ready;
+}
+
+void wait_for_warp_barrier(uint32_t id) {
+    if (id != machine->skip_barrier) wait_for_warp(Collective::sync, nullptr);
+}
+
+void async_copy(void* to, const void* from) {
+    Fiber& fiber = machine->fibers[machine->running];
+    fiber.copies.push_back({to, from, fiber.groups});
+}
+
+void async_commit() { ++machine->fibers[machine->running].groups; }
+
+void async_wait(uint32_t left) {
+    Fiber& fiber = machine->fibers[machine->running];
+    size_t done = 0;
+    while (done < fiber.copies.size() && fiber.copies[done].group + left < fiber.groups) {
+        std::memcpy(fiber.copies[done].to, fiber.copies[done].from, 16);
+        ++done;
+    }
+    fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + static_cast<std::ptrdiff_t>(done));
 }
 
 uint16_t f16_bits(float x) {
@@ -259,21 +323,30 @@ constexpr void (*KERNELS[])(const void*) = {
     call<const NormParams, residual_rms_norm>,
     call<const RopeParams, rope_store>,
     call<const SwigluParams, swiglu>,
+    call<const BiasParams, add_bias>,
+    call<const RoundParams, round_rows>,
+    call<const SplitParams, split_rows>,
+    call<const EmbedParams, embed_rows>,
+    call<const MatmulParams, matmul_1>,
+    call<const MatmulParams, matmul_2>,
+    call<const MatmulParams, matmul_4>,
+    call<const MatmulParams, matmul_8>,
+    call<const MatmulParams, matmul_tall>,
 };
 
 }  // namespace
 
 // Runs a kernel over a grid. Returns 0, or 1 with the reason in `message`. `skip_barrier` 0 leaves out none.
-extern "C" int tenantry_emulate(uint32_t kernel, const uint32_t* grid, uint32_t shared_bytes, const void* params,
-                                uint32_t skip_barrier, int backwards, char* message, size_t message_bytes) {
+extern "C" int tenantry_emulate(uint32_t kernel, const uint32_t* grid, uint32_t threads, uint32_t shared_bytes,
+                                const void* params, uint32_t skip_barrier, int backwards, char* message, size_t message_bytes) {
     using namespace emulation;
     Machine here{};
     here.kernel = KERNELS[kernel];
     here.params = params;
     here.skip_barrier = skip_barrier;
     here.backwards = backwards != 0;
-    here.fibers.resize(THREADS);
-    here.stacks.reset(new uint64_t[THREADS * (STACK_BYTES / 8)]);
+    here.fibers.resize(threads);
+    here.stacks.reset(new uint64_t[threads * (STACK_BYTES / 8)]);
     // Two words more, to see what is written beyond the end.
     here.shared.resize((shared_bytes + 15) / 16 * 2 + 2);
     here.message = message;
@@ -297,7 +370,10 @@ extern "C" int tenantry_emulate(uint32_t kernel, const uint32_t* grid, uint32_t 
 extern "C" void tenantry_emulation_facts(uint32_t* facts) {
     const uint32_t all[] = {sizeof(LoraTile), sizeof(LoraPairDesc), sizeof(LoraParams), sizeof(AttentionTile),
                             sizeof(AttentionParams), sizeof(NormParams), sizeof(RopeParams), sizeof(SwigluParams),
-                            TILE, THREADS, CHUNK, RANKS, COLUMNS, SPLIT, PAGE};
+                            sizeof(BiasParams), sizeof(RoundParams), sizeof(SplitParams), sizeof(Product),
+                            sizeof(MatmulParams), sizeof(EmbedParams), CODED_ROWS, DENSE_ROWS,
+                            ((MATMUL_STAGES[0] * 16 + MATMUL_STAGES[1]) * 16 + MATMUL_STAGES[2]) * 16 + MATMUL_STAGES[3],
+                            TILE, THREADS, NORM_THREADS, CHUNK, RANKS, COLUMNS, SPLIT, PAGE};
     std::memcpy(facts, all, sizeof all);
 }
 

@@ -6,8 +6,9 @@
 
 // Rows (or query vectors) of one tensor-core tile.
 constexpr uint32_t TILE = 16;
-// Threads of every block.
+// Threads of a block of every kernel but the norm, whose rows are few and long.
 constexpr uint32_t THREADS = 128;
+constexpr uint32_t NORM_THREADS = 512;
 // Inputs per partial sum of the shrink kernel. Fixed, because it decides the order of summation.
 constexpr uint32_t CHUNK = 512;
 // Ranks per block of the shrink kernel.
@@ -18,6 +19,14 @@ constexpr uint32_t COLUMNS = 128;
 constexpr uint32_t SPLIT = 256;
 // Positions per KV page.
 constexpr uint32_t PAGE = 16;
+// Forms of weights; FORM_DENSE is f16, the others are codes with scales (see matmul.cu).
+constexpr uint32_t FORM_Z4 = 0, FORM_P4 = 1, FORM_N4 = 2, FORM_Z8 = 3, FORM_N8 = 4, FORM_DENSE = 5;
+// Bytes of a record of eight rows and 64 inputs in codes, and of eight rows and 32 inputs in two parts.
+constexpr uint32_t CODED_ROWS = 704;
+constexpr uint32_t DENSE_ROWS = 1024;
+// Blocks of inputs in the rings of the products with 1, 2, 4 and 8 tiles of rows: as many as keep the memory busy, as few
+// as leave room for several blocks on a multiprocessor.
+constexpr uint32_t MATMUL_STAGES[4] = {8, 6, 4, 3};
 // Marks a tile that writes its result instead of a partial one.
 constexpr uint32_t NOWHERE = 0xffffffffu;
 
@@ -47,18 +56,28 @@ struct LoraPairDesc {
     uint32_t unused;
 };
 
-struct LoraParams {
-    const float* x;       // [n_rows][n_in]
+// One linear layer of a launch.
+struct LoraLayer {
     float* y;             // [n_rows][n_out]
     float* partial;       // [n_chunks][n_rows][stride]
+    uint32_t pair;        // which of an adapter's pairs
+    uint32_t n_out;
+    uint32_t first_block; // of COLUMNS outputs; those of the layers before it
+    uint32_t unused;
+};
+
+// Up to three layers of the same inputs.
+struct LoraParams {
+    const float* x;       // [n_rows][n_in]
     const LoraTile* tiles;
-    const LoraPairDesc* pairs;
+    const LoraPairDesc* pairs;  // [segments][n_pairs]
+    LoraLayer layers[3];
+    uint32_t n_layers;
+    uint32_t n_pairs;
     uint32_t n_rows;
     uint32_t n_in;
-    uint32_t n_out;
     uint32_t n_chunks;
     uint32_t stride;
-    uint32_t unused;
 };
 
 // Up to TILE consecutive queries of a run on one key/value head; query i is row i / group, head i % group.
@@ -93,6 +112,8 @@ struct NormParams {
     const float* delta;   // [n_rows][n] added to hidden first, or null
     const float* weight;  // [n]
     float* out;           // [n_rows][n]
+    const uint32_t* rows; // row of hidden and delta that each row of out is made from, hidden then stays; or null
+    unsigned char* codes; // as RoundParams, or null
     uint32_t n;
     float eps;
 };
@@ -118,5 +139,63 @@ struct SwigluParams {
     const float* gate;
     const float* up;
     float* out;
+    unsigned char* codes; // as RoundParams, or null
     uint64_t n;
+    uint32_t width;       // of a row; matters with codes only
+    uint32_t n_tiles;     // of eight rows; likewise
+};
+
+struct BiasParams {
+    float* y;             // [n_rows][n]
+    const float* bias;    // [n]
+    uint64_t n_values;
+    uint32_t n;
+    uint32_t unused;
+};
+
+// Rounds rows to 8-bit codes, for products with coded weights.
+struct RoundParams {
+    const float* x;       // [n_rows][n_in]
+    unsigned char* codes; // [n_blocks][n_rows / 8] records of CODED_ROWS bytes
+    uint32_t n_in;
+    uint32_t n_blocks;    // of 64 inputs
+};
+
+// Splits rows into two f16 parts, for products with dense weights.
+struct SplitParams {
+    const float* x;       // [n_rows][n_in]
+    unsigned char* parts; // [n_blocks][n_rows / 8] records of DENSE_ROWS bytes
+    int32_t* exponents;   // [n_rows]
+    uint32_t n_in;
+    uint32_t n_blocks;    // of 32 inputs
+};
+
+// One matrix of weights of a product: panels of 16 outputs, a record per panel and block of inputs.
+struct Product {
+    const unsigned char* weights;
+    float* out;           // [n_rows][n_out]
+    uint32_t n_out;
+    uint32_t first_panel; // panels of the products before it
+    uint32_t form;
+    uint32_t n_blocks;    // of 64 inputs, dense: of 32
+    float inverse;        // dense: what undoes the scaling of the weights
+    uint32_t planes;      // dense: 1, or 2 where the second holds what rounding to f16 left over
+};
+
+struct MatmulParams {
+    const unsigned char* codes; // of the rows, as RoundParams
+    const unsigned char* parts; // of the rows, as SplitParams
+    const int32_t* exponents;
+    Product products[3];
+    uint32_t n_products;
+    uint32_t n_panels;    // of all products
+    uint32_t n_rows;
+    uint32_t unused;
+};
+
+struct EmbedParams {
+    Product table;        // out [n_rows][n_in]
+    const uint32_t* tokens;
+    uint32_t n_in;
+    uint32_t unused;
 };

@@ -11,8 +11,8 @@
 //! | [`ops`] | RMS norm, rotary, SwiGLU, exponential, maximum |
 //!
 //! Each has a scalar reference and one vector form, written against sixteen lanes (`simd`) and compiled for AVX2, AVX2
-//! with AVX-VNNI, and AVX-512 with VNNI. On other machines, ARM included, the scalar reference runs. [`cuda`] has the last
-//! three on a GPU, compiled and emulated but never run on hardware, with promises of its own.
+//! with AVX-VNNI, and AVX-512 with VNNI. On other machines, ARM included, the scalar reference runs. [`cuda`] has
+//! all of them on a GPU, with promises of its own.
 //!
 //! **Invariant: every CPU backend gives the bits of the scalar reference.** Vector lanes are independent outputs (columns,
 //! positions, dimensions); each output is one fixed sequence of operations, fused multiply-adds where the reference has

@@ -21,6 +21,16 @@ pub fn prefer_large_pages(buffer: &mut [u8]) {
     }
 }
 
+/// Overwrites numbers with zeros in a way the compiler may not leave out: a tenant's weights do not stay behind in memory
+/// that is about to be freed.
+pub(crate) fn clear<T: Copy + Default>(values: &mut [T]) {
+    for value in values {
+        // SAFETY: a valid, exclusive reference.
+        unsafe { std::ptr::write_volatile(value, T::default()) };
+    }
+    std::sync::atomic::compiler_fence(std::sync::atomic::Ordering::SeqCst);
+}
+
 #[cfg(target_os = "linux")]
 fn advise(pages: &mut [u8]) {
     // SAFETY: the range is whole pages of a live allocation that is ours alone; the advice changes neither content nor

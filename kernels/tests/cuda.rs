@@ -1,17 +1,34 @@
 //! The CUDA kernels, emulated on the CPU behind their safe entries, against the scalar reference of the CPU kernels.
-//! What this cannot show: timing, the rounding inside a tensor core, and the driver calls.
+//! What this cannot show: timing, the rounding inside a tensor core, and the driver calls. `cuda_device.rs` runs the same
+//! cases on a device.
 
 mod cuda {
     pub(super) mod attention;
     pub(super) mod barriers;
     pub(super) mod layer;
     pub(super) mod lora;
+    pub(super) mod matmul;
     pub(super) mod rows;
     pub(super) mod support;
 }
 
 use half::f16;
 use kernels::cuda::emulation;
+
+/// What the cases run on: the emulation.
+mod executor {
+    pub(crate) use kernels::cuda::emulation::Emulated as Executor;
+
+    /// Whole tiles, from the first thread to the last.
+    pub(crate) const PLAIN: Executor = Executor { backwards: false, skip_barrier: 0, blocks_to_fill: 0 };
+    /// Cuts work into as many blocks as it can, and runs threads from the last to the first.
+    pub(crate) const CUT: Executor = Executor { backwards: true, skip_barrier: 0, blocks_to_fill: usize::MAX };
+
+    /// The emulation is always there.
+    pub(crate) const fn absent() -> bool {
+        false
+    }
+}
 
 #[test]
 fn both_sides_agree_on_layouts_and_constants() {

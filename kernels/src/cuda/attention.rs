@@ -4,14 +4,14 @@
 use std::ptr::from_ref;
 
 use super::kv::DeviceKv;
-use super::params::{AttentionParams, AttentionTile, GRID_MAX, Kernel, NOWHERE, SPLIT, TILE, count};
+use super::params::{AttentionParams, AttentionTile, GRID_MAX, Kernel, NOWHERE, SPLIT, THREADS, TILE, count};
 use super::rows::expect_rows;
 use super::{Buffer, Gpu, GpuError};
 use crate::attention::AttnRun;
 use crate::kv::PAGE_TOKENS;
 
-/// Partial results kept at once, in values: 64 MiB. Tiles beyond it are not cut.
-const PARTIAL_MAX: usize = 16 << 20;
+/// Partial results kept at once, in values: 256 MiB, 64 sequences of 15 thousand positions. Tiles beyond it are not cut.
+const PARTIAL_MAX: usize = 64 << 20;
 
 /// The runs of a step, as tiles on the device; one for all layers.
 #[derive(Debug)]
@@ -138,7 +138,7 @@ pub fn attention<G: Gpu>(
     }
     if !plan.joins.is_empty() {
         params.tiles = plan.joins.address(gpu);
-        let grid = [plan.joins.len(), plan.n_kv_heads, 1];
+        let grid = [plan.joins.len(), plan.n_kv_heads, (TILE * plan.head_dim).div_ceil(THREADS)];
         // SAFETY: as above; every place of these tiles was written by the launch before.
         unsafe { gpu.launch(Kernel::AttentionCombine, grid, 0, from_ref(&params).cast())? };
     }

@@ -1,10 +1,11 @@
-//! What a GPU should reach, from bytes and operations. **Computed, not measured**: no number here was seen on hardware.
+//! What a GPU should reach, from bytes and operations: **computed**, with what an H100 was seen to do beside it.
 //!
 //! A decode step reads every weight once for all its rows, every adapter once for its rows, and the keys and values of
 //! every sequence; it computes two operations per weight and row. Each takes as long as its bytes at the bandwidth or
 //! its operations at the peak, whichever is longer; the parts follow one another. The *limit* takes the vendor's
 //! figures as they are, the *expectation* a share of them ([`BANDWIDTH_SHARE`], [`PEAK_SHARE`]) and the gaps between
-//! kernels ([`GAP_S`]). Sampling, tokenising and HTTP are not in it.
+//! kernels ([`GAP_S`]). Sampling, tokenising and HTTP are not in it. [`MEASURED`] is of the whole forward pass, the host's
+//! part and the copy of all logits included.
 //!
 #![doc = include_str!("../../cuda/cost.md")]
 
@@ -99,6 +100,44 @@ pub const BASES: [BaseFacts; 2] = [
     },
 ];
 
+/// Decoded tokens a second of all sequences together, as they were seen.
+#[derive(Debug, Clone, Copy)]
+pub struct Measured {
+    /// Name of the device, as in [`GPUS`].
+    pub gpu: &'static str,
+    /// Name of the base, as in [`BASES`]; weights of its shape without a meaning.
+    pub base: &'static str,
+    /// Bits per weight the model counts with; the device kept 5 for its 4.5 (`Form::N4`).
+    pub weight_bits: f64,
+    /// For each of [`CELLS`].
+    pub tokens_per_s: [f64; CELLS.len()],
+}
+
+/// Streams and different adapters of the table's columns.
+pub const CELLS: [(u32, u32); 7] = [(1, 0), (1, 1), (8, 8), (16, 16), (64, 1), (64, 16), (64, 64)];
+
+/// What was seen, and by what: `gpu_speed` of the crate `model`, medians of 15 steps at 1,024 positions.
+pub const MEASURED: [Measured; 2] = [
+    Measured {
+        gpu: "H100 SXM",
+        base: "Llama 3.1 8B",
+        weight_bits: 4.5,
+        tokens_per_s: [221.0, 176.0, 1220.0, 1967.0, 4138.0, 4020.0, 3280.0],
+    },
+    Measured {
+        gpu: "H100 SXM",
+        base: "Llama 3.1 8B",
+        weight_bits: 16.0,
+        tokens_per_s: [139.0, 120.0, 860.0, 1414.0, 2217.0, 2229.0, 1990.0],
+    },
+];
+
+/// When, on what and by which command.
+const MEASURED_HOW: &str = "Measured on 2026-11-22 on an NVIDIA H100 80GB HBM3 (driver \
+     580.159.04), by `gpu_speed -- 8b-q4k 1024` and `8b-f16 1024`: the whole forward pass with the host's part and the copy \
+     of all logits, medians of 15 steps, weights without a meaning, 5 bits a weight where the model counts 4.5. Nothing else \
+     was measured.";
+
 // === impl BaseFacts ===
 
 impl BaseFacts {
@@ -147,35 +186,47 @@ pub fn step_seconds(gpu: &GpuFacts, base: &BaseFacts, step: &Step) -> (f64, f64)
     (sum(1.0, 1.0), sum(BANDWIDTH_SHARE, PEAK_SHARE) + launches * GAP_S)
 }
 
-/// The table in this page, as Markdown: decoded tokens a second of all sequences together, expectation and limit.
+/// The table in this page, as Markdown: decoded tokens a second of all sequences together, expectation and limit, and what
+/// was measured.
 pub fn table() -> String {
-    let mut out = String::from(
-        "Decoded tokens a second of all sequences together, expected (limit), **not measured**; rank 16 on all seven\n\
-         linear layers in f16, 1,024 positions of context, KV in f16; – does not fit the memory. A column is streams and\n\
-         different adapters.\n\n\
-         | GPU | base | weights | 1, none | 1, 1 | 8, 8 | 16, 16 | 64, 1 | 64, 16 | 64, 64 |\n\
-         |---|---|---|---|---|---|---|---|---|---|\n",
+    let mut out = format!(
+        "Decoded tokens a second of all sequences together: expected (limit), **computed**; and in bold as **measured**.\n\
+         Rank 16 on all seven linear layers in f16, 1,024 positions of context, KV in f16; – does not fit the memory. A\n\
+         column is streams and different adapters.\n\n\
+         {MEASURED_HOW}\n\n\
+         | GPU | base | weights |"
     );
-    let cells = [(1, 0), (1, 1), (8, 8), (16, 16), (64, 1), (64, 16), (64, 64)];
+    for (batch, adapters) in CELLS {
+        write!(out, " {batch}, {} |", if adapters == 0 { "none".to_owned() } else { adapters.to_string() })
+            .expect("a string takes all");
+    }
+    out.push_str("\n|---|---|---|---|---|---|---|---|---|---|\n");
     for gpu in &GPUS {
         for base in &BASES {
             for (bits, name) in [(4.5, "4-bit"), (16.0, "f16")] {
                 write!(out, "| {} | {} | {name} |", gpu.name, base.name).expect("a string takes all");
-                for (batch, adapters) in cells {
-                    let (batch, adapters) = (f64::from(batch), f64::from(adapters));
-                    let step = Step { batch, adapters, rank: 16.0, context: 1024.0, weight_bits: bits };
-                    let (limit, expected) = step_seconds(gpu, base, &step);
-                    if memory_bytes(base, &step) > gpu.bytes * MEMORY_SHARE {
-                        out.push_str(" – |");
-                    } else {
-                        write!(out, " {:.0} ({:.0}) |", batch / expected, batch / limit).expect("a string takes all");
-                    }
+                let seen = MEASURED.iter().find(|m| m.gpu == gpu.name && m.base == base.name && m.weight_bits == bits);
+                for (cell, (batch, adapters)) in CELLS.into_iter().enumerate() {
+                    write!(out, " {} |", entry(gpu, base, bits, batch, adapters, seen.map(|m| m.tokens_per_s[cell])))
+                        .expect("a string takes all");
                 }
                 out.push('\n');
             }
         }
     }
     out
+}
+
+/// One cell.
+fn entry(gpu: &GpuFacts, base: &BaseFacts, bits: f64, batch: u32, adapters: u32, seen: Option<f64>) -> String {
+    let (batch, adapters) = (f64::from(batch), f64::from(adapters));
+    let step = Step { batch, adapters, rank: 16.0, context: 1024.0, weight_bits: bits };
+    if memory_bytes(base, &step) > gpu.bytes * MEMORY_SHARE {
+        return "–".to_owned();
+    }
+    let (limit, expected) = step_seconds(gpu, base, &step);
+    let computed = format!("{:.0} ({:.0})", batch / expected, batch / limit);
+    seen.map_or(computed.clone(), |seen| format!("{computed} **{seen:.0}**"))
 }
 
 #[cfg(test)]

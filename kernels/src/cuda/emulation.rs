@@ -5,15 +5,16 @@
 use std::ffi::{c_char, c_int, c_void};
 
 use super::params::{
-    AttentionParams, AttentionTile, CHUNK, COLUMNS, LoraPairDesc, LoraParams, LoraTile, NormParams, RANKS, RopeParams,
-    SPLIT, SwigluParams, THREADS, TILE,
+    AttentionParams, AttentionTile, BiasParams, CHUNK, CODED_ROWS, COLUMNS, DENSE_ROWS, EmbedParams, LoraPairDesc,
+    LoraParams, LoraTile, MATMUL_STAGES, MatmulParams, NORM_THREADS, NormParams, ProductDesc, RANKS, RopeParams,
+    RoundParams, SPLIT, SplitParams, SwigluParams, THREADS, TILE,
 };
 use super::{Gpu, GpuError, Kernel};
 use crate::aligned::Aligned;
 use crate::kv::PAGE_TOKENS;
 
 /// Barriers in the kernels have the numbers `1..=N_BARRIERS`.
-pub const N_BARRIERS: u32 = 9;
+pub const N_BARRIERS: u32 = 15;
 
 /// How kernels are run.
 #[derive(Debug, Clone, Copy, Default)]
@@ -30,6 +31,7 @@ unsafe extern "C" {
     fn tenantry_emulate(
         kernel: u32,
         grid: *const u32,
+        threads: u32,
         shared_bytes: u32,
         params: *const c_void,
         skip_barrier: u32,
@@ -46,13 +48,23 @@ unsafe extern "C" {
 
 impl Gpu for Emulated {
     type Memory = Memory;
+    type Host = Vec<f32>;
 
     fn allocate(&self, n_bytes: usize) -> Result<Memory, GpuError> {
         Ok(Memory(Aligned::zeros::<u8>(n_bytes)))
     }
 
+    fn allocate_host(&self, len: usize) -> Result<Vec<f32>, GpuError> {
+        Ok(vec![0.0; len])
+    }
+
     fn write(&self, to: &mut Memory, at: usize, bytes: &[u8]) -> Result<(), GpuError> {
         to.0.view_mut::<u8>()[at..at + bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn fill(&self, memory: &mut Memory, at: usize, n_bytes: usize, byte: u8) -> Result<(), GpuError> {
+        memory.0.view_mut::<u8>()[at..at + n_bytes].fill(byte);
         Ok(())
     }
 
@@ -83,6 +95,7 @@ impl Gpu for Emulated {
             tenantry_emulate(
                 kernel as u32,
                 grid.as_ptr(),
+                kernel.threads() as u32,
                 shared_bytes as u32,
                 params,
                 self.skip_barrier,
@@ -115,16 +128,26 @@ pub fn facts() -> Vec<(&'static str, usize, usize)> {
         ("NormParams", size_of::<NormParams>()),
         ("RopeParams", size_of::<RopeParams>()),
         ("SwigluParams", size_of::<SwigluParams>()),
+        ("BiasParams", size_of::<BiasParams>()),
+        ("RoundParams", size_of::<RoundParams>()),
+        ("SplitParams", size_of::<SplitParams>()),
+        ("Product", size_of::<ProductDesc>()),
+        ("MatmulParams", size_of::<MatmulParams>()),
+        ("EmbedParams", size_of::<EmbedParams>()),
+        ("CODED_ROWS", CODED_ROWS),
+        ("DENSE_ROWS", DENSE_ROWS),
+        ("MATMUL_STAGES", MATMUL_STAGES.iter().fold(0, |all, stages| 16 * all + stages)),
         ("TILE", TILE),
         ("THREADS", THREADS),
+        ("NORM_THREADS", NORM_THREADS),
         ("CHUNK", CHUNK),
         ("RANKS", RANKS),
         ("COLUMNS", COLUMNS),
         ("SPLIT", SPLIT),
         ("PAGE", PAGE_TOKENS),
     ];
-    let mut theirs = [0u32; 15];
-    // SAFETY: the other side writes fifteen numbers.
+    let mut theirs = [0u32; 25];
+    // SAFETY: the other side writes as many numbers.
     unsafe { tenantry_emulation_facts(theirs.as_mut_ptr()) };
     ours.into_iter().zip(theirs).map(|((name, ours), theirs)| (name, ours, theirs as usize)).collect()
 }

@@ -4,8 +4,6 @@
 //! a lane of a tensor-core product wants neighbouring dimensions of a key and neighbouring positions of a value.
 //! `rows::rope_store` writes them, `attention` reads them. Who owns which page is decided elsewhere.
 
-use half::f16;
-
 use super::{Buffer, Gpu, GpuError};
 use crate::kv::{KvDtype, KvLayout, PAGE_TOKENS};
 
@@ -58,7 +56,8 @@ impl<G: Gpu> DeviceKv<G> {
     pub fn poison(&mut self, gpu: &G, page: u32) -> Result<(), GpuError> {
         assert!((page as usize) < self.n_pages, "no page {page}");
         let n = self.page_stride();
-        self.data.write(gpu, page as usize * n, &vec![f16::NAN.to_bits(); n])
+        // All bits set are a NaN.
+        self.data.fill(gpu, page as usize * n, n, 0xff)
     }
 
     /// A copy of all pages, f16 bits, for checks.

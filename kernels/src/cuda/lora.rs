@@ -4,21 +4,23 @@
 //! values keep their bits (bf16 ones below 2^-29 of the largest are rounded), f32 values are kept in two f16 parts, 22
 //! bits or 2^-39 of the largest. A pair costs its rank: ranks are padded to multiples of 4 in B and not at all in A.
 
-use std::marker::PhantomData;
 use std::ops::Range;
 use std::ptr::from_ref;
+use std::sync::Arc;
 
-use half::f16;
-
-use super::params::{CHUNK, COLUMNS, GRID_MAX, Kernel, LoraPairDesc, LoraParams, LoraTile, RANKS, TILE, count};
+use super::halves;
+use super::params::{
+    CHUNK, COLUMNS, GRID_MAX, Kernel, LoraLayer, LoraPairDesc, LoraParams, LoraTile, PRODUCTS_MAX, RANKS, TILE, count,
+};
 use super::rows::expect_rows;
 use super::{Buffer, Element, Gpu, GpuError};
-use crate::lora::{LoraDtype, LoraError, RANK_MAX};
+use crate::lora::{LoraDtype, LoraError, LoraPair, RANK_MAX};
+use crate::memory;
 
 /// Inputs of a layer come in groups of this, so that a lane reads 16 aligned bytes.
 const INPUTS: usize = 8;
 
-/// Why a pair was not uploaded.
+/// Why a pair cannot be on a device.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DevicePairError {
     /// Its rank or sizes do not fit.
@@ -30,9 +32,6 @@ pub enum DevicePairError {
         /// Columns of A.
         n_in: usize,
     },
-    /// The device has no room.
-    #[error(transparent)]
-    Gpu(#[from] GpuError),
 }
 
 /// A `[rank, n_in]` and B `[n_out, rank]` of one linear layer on the device. Overwritten with zeros by
@@ -51,43 +50,57 @@ pub struct DevicePair<G: Gpu> {
     row_scale: Option<Buffer<G, f32>>,
 }
 
-/// The adapters of a step: tiles of rows, and for every linear layer (a call) the pair of each segment.
+/// A pair as the device will have it, still on the host: making it takes a core far longer than copying it, so whoever
+/// uploads an adapter may make its pairs on several.
 #[derive(Debug)]
-pub struct LoraPlan<'p, G: Gpu> {
-    calls: Vec<Call<G>>,
-    tiles: Buffer<G, LoraTile>,
-    rows_end: usize,
-    /// The pairs are read until the plan is gone.
-    pairs: PhantomData<&'p DevicePair<G>>,
-}
-
-/// One linear layer of a plan.
-#[derive(Debug)]
-struct Call<G: Gpu> {
+pub struct PackedPair {
+    rank: usize,
     n_in: usize,
     n_out: usize,
-    /// Largest rank; 0 when no segment has a pair here.
-    rank: usize,
-    pairs: Buffer<G, LoraPairDesc>,
+    scale: f32,
+    planes: usize,
+    a: Vec<u16>,
+    b: Vec<u16>,
+    a_inverse: f32,
+    b_inverse: f32,
+    row_scale: Option<Vec<f32>>,
+}
+
+/// An adapter on the device: a pair or none for each linear layer of a model, numbered by whoever makes it.
+#[derive(Debug)]
+pub struct DeviceAdapter<G: Gpu> {
+    pairs: Vec<Option<DevicePair<G>>>,
+    descriptions: Vec<LoraPairDesc>,
+}
+
+/// The adapters of a step, which it keeps alive: tiles of rows, and the pairs of each segment.
+#[derive(Debug)]
+pub struct LoraPlan<G: Gpu> {
+    segments: Vec<(Range<usize>, Arc<DeviceAdapter<G>>)>,
+    /// Per linear layer: inputs, outputs and largest rank, which is 0 when no segment has a pair there.
+    layers: Vec<(usize, usize, usize)>,
+    /// `[segments][layers]`.
+    descriptions: Buffer<G, LoraPairDesc>,
+    tiles: Buffer<G, LoraTile>,
+    rows_end: usize,
 }
 
 /// Memory reused from call to call; grows to the largest step and stays.
 #[derive(Debug)]
 pub struct LoraScratch<G: Gpu> {
-    /// `[chunks][n_rows][largest padded rank]`: A x.
+    /// Per layer of a call `[chunks][n_rows][largest padded rank]`: A x.
     partial: Buffer<G, f32>,
 }
 
-// === impl DevicePair ===
+// === impl PackedPair ===
 
-impl<G: Gpu> DevicePair<G> {
-    /// Uploads row-major `a` and `b`; arguments as of [`crate::lora::LoraPair::new`].
+impl PackedPair {
+    /// Packs row-major `a` and `b`; arguments as of [`crate::lora::LoraPair::new`].
     ///
     /// # Errors
-    /// When the rank is out of range, a length does not fit, or the device has no room.
-    #[expect(clippy::too_many_arguments, reason = "as the pair of the CPU kernels, and the device")]
+    /// When the rank is out of range or a length does not fit.
+    #[expect(clippy::too_many_arguments, reason = "as the pair of the CPU kernels")]
     pub fn new(
-        gpu: &G,
         rank: usize,
         n_in: usize,
         n_out: usize,
@@ -115,8 +128,53 @@ impl<G: Gpu> DevicePair<G> {
         let planes = if dtype == LoraDtype::F32 { 2 } else { 1 };
         let (a, a_inverse) = in_planes(a, n_in, n_in, planes);
         let (b, b_inverse) = in_planes(b, rank, b_pitch(rank), planes);
-        let row_scale = row_scale.map(|scale| Buffer::upload(gpu, scale)).transpose()?;
-        let (a, b) = (Buffer::upload(gpu, &a)?, Buffer::upload(gpu, &b)?);
+        Ok(Self {
+            rank,
+            n_in,
+            n_out,
+            scale,
+            planes,
+            a,
+            b,
+            a_inverse,
+            b_inverse,
+            row_scale: row_scale.map(<[f32]>::to_vec),
+        })
+    }
+
+    /// The device's form of a pair of the CPU kernels; values stay as they are, f32 ones keep 22 bits.
+    ///
+    /// # Errors
+    /// When the inputs are no multiple of 8.
+    pub fn of(pair: &LoraPair) -> Result<Self, DevicePairError> {
+        let (mut a, mut b) = pair.matrices();
+        let (rank, n_in, n_out) = (pair.rank(), pair.n_in(), pair.n_out());
+        let packed = Self::new(rank, n_in, n_out, &a, &b, pair.scale(), pair.dtype(), pair.row_scale());
+        memory::clear(&mut a);
+        memory::clear(&mut b);
+        packed
+    }
+}
+
+impl Drop for PackedPair {
+    /// A tenant's weights do not stay behind in freed memory of the host.
+    fn drop(&mut self) {
+        memory::clear(&mut self.a);
+        memory::clear(&mut self.b);
+    }
+}
+
+// === impl DevicePair ===
+
+impl<G: Gpu> DevicePair<G> {
+    /// Uploads a pair.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn upload(gpu: &G, pair: &PackedPair) -> Result<Self, GpuError> {
+        let PackedPair { rank, n_in, n_out, scale, planes, ref a, ref b, a_inverse, b_inverse, ref row_scale } = *pair;
+        let row_scale = row_scale.as_ref().map(|scale| Buffer::upload(gpu, scale)).transpose()?;
+        let (a, b) = (Buffer::upload(gpu, a)?, Buffer::upload(gpu, b)?);
         Ok(Self { rank, n_in, n_out, scale, planes, a, b, a_inverse, b_inverse, row_scale })
     }
 
@@ -131,10 +189,10 @@ impl<G: Gpu> DevicePair<G> {
     /// When the driver refuses.
     pub fn clear(&mut self, gpu: &G) -> Result<(), GpuError> {
         for matrix in [&mut self.a, &mut self.b] {
-            matrix.write(gpu, 0, &vec![0; matrix.len()])?;
+            matrix.fill(gpu, 0, matrix.len(), 0)?;
         }
         if let Some(row_scale) = &mut self.row_scale {
-            row_scale.write(gpu, 0, &vec![0.0; row_scale.len()])?;
+            row_scale.fill(gpu, 0, row_scale.len(), 0)?;
         }
         Ok(())
     }
@@ -156,46 +214,75 @@ impl<G: Gpu> DevicePair<G> {
     }
 }
 
+// === impl DeviceAdapter ===
+
+impl<G: Gpu> DeviceAdapter<G> {
+    /// Takes the pairs of all linear layers, in the numbers by which [`lora_delta`] will name them.
+    pub fn new(gpu: &G, pairs: Vec<Option<DevicePair<G>>>) -> Self {
+        let describe =
+            |pair: &Option<DevicePair<G>>| pair.as_ref().map_or(LoraPairDesc::ZERO, |pair| pair.describe(gpu));
+        let descriptions = pairs.iter().map(describe).collect();
+        Self { pairs, descriptions }
+    }
+
+    /// Bytes held on the device.
+    pub fn bytes(&self) -> usize {
+        self.pairs.iter().flatten().map(DevicePair::bytes).sum()
+    }
+
+    /// Overwrites all weights with zeros.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn clear(&mut self, gpu: &G) -> Result<(), GpuError> {
+        self.pairs.iter_mut().flatten().try_for_each(|pair| pair.clear(gpu))
+    }
+}
+
 // === impl LoraPlan ===
 
-impl<'p, G: Gpu> LoraPlan<'p, G> {
-    /// Plans a step: `segments` are rows that share an adapter, ascending and apart; `calls[i][s]` is the pair of segment
-    /// `s` for linear layer `i`, if its adapter has one. Uploads a few bytes per segment and call, once per step.
+impl<G: Gpu> LoraPlan<G> {
+    /// Plans a step: `segments` are rows that share an adapter, ascending and apart, with that adapter.
     ///
     /// # Panics
-    /// When segments overlap, a call does not have one entry per segment, or its pairs have different shapes.
+    /// When segments overlap, or the adapters have different numbers of linear layers or different shapes.
     ///
     /// # Errors
     /// When the device has no room.
-    pub fn new(gpu: &G, segments: &[Range<usize>], calls: &[Vec<Option<&'p DevicePair<G>>>]) -> Result<Self, GpuError> {
-        let (mut rows_end, mut tiles) = (0, Vec::new());
-        for (segment, rows) in segments.iter().enumerate() {
+    pub fn new(gpu: &G, segments: &[(Range<usize>, Arc<DeviceAdapter<G>>)]) -> Result<Self, GpuError> {
+        let n_layers = segments.first().map_or(0, |(_, adapter)| adapter.pairs.len());
+        let (mut rows_end, mut tiles, mut descriptions) = (0, Vec::new(), Vec::new());
+        let mut layers = vec![(0, 0, 0); n_layers];
+        for (segment, (rows, adapter)) in segments.iter().enumerate() {
             assert!(rows.start >= rows_end && rows.end >= rows.start, "segments overlap or are out of order");
+            assert_eq!(adapter.pairs.len(), n_layers, "adapters of different models");
             rows_end = rows.end;
             tiles.extend(rows.clone().step_by(TILE).map(|row| LoraTile {
                 segment: count(segment, "segments"),
                 row: count(row, "rows"),
                 n_rows: TILE.min(rows.end - row) as u32,
             }));
+            descriptions.extend_from_slice(&adapter.descriptions);
+            for (layer, pair) in layers.iter_mut().zip(&adapter.pairs) {
+                let Some(pair) = pair else { continue };
+                let (n_in, n_out, rank) = *layer;
+                let same = rank == 0 || (n_in, n_out) == (pair.n_in, pair.n_out);
+                assert!(same, "the pairs of one linear layer have different shapes");
+                *layer = (pair.n_in, pair.n_out, rank.max(pair.rank));
+            }
         }
-        let calls = calls.iter().map(|pairs| Call::new(gpu, segments.len(), pairs)).collect::<Result<_, _>>()?;
-        Ok(Self { calls, tiles: Buffer::upload(gpu, &tiles)?, rows_end, pairs: PhantomData })
+        count(descriptions.len(), "pairs");
+        let (descriptions, tiles) = (Buffer::upload(gpu, &descriptions)?, Buffer::upload(gpu, &tiles)?);
+        Ok(Self { segments: segments.to_vec(), layers, descriptions, tiles, rows_end })
     }
-}
 
-// === impl Call ===
-
-impl<G: Gpu> Call<G> {
-    fn new(gpu: &G, n_segments: usize, pairs: &[Option<&DevicePair<G>>]) -> Result<Self, GpuError> {
-        assert_eq!(pairs.len(), n_segments, "one pair or none per segment");
-        let first = pairs.iter().flatten().next();
-        let (n_in, n_out) = first.map_or((0, 0), |pair| (pair.n_in, pair.n_out));
-        let same = pairs.iter().flatten().all(|pair| pair.n_in == n_in && pair.n_out == n_out);
-        assert!(same, "the pairs of one linear layer have different shapes");
-        let rank = pairs.iter().flatten().map(|pair| pair.rank).max().unwrap_or(0);
-        let describe = |pair: &Option<&DevicePair<G>>| pair.map_or(LoraPairDesc::ZERO, |pair| pair.describe(gpu));
-        let pairs: Vec<_> = pairs.iter().map(describe).collect();
-        Ok(Self { n_in, n_out, rank, pairs: Buffer::upload(gpu, &pairs)? })
+    /// Whether this is the plan for these segments, so that the next step need not make it again.
+    pub fn is_for(&self, segments: &[(Range<usize>, Arc<DeviceAdapter<G>>)]) -> bool {
+        let same =
+            |(wanted, known): (&(Range<usize>, Arc<DeviceAdapter<G>>), &(Range<usize>, Arc<DeviceAdapter<G>>))| {
+                wanted.0 == known.0 && Arc::ptr_eq(&wanted.1, &known.1)
+            };
+        segments.len() == self.segments.len() && segments.iter().zip(&self.segments).all(same)
     }
 }
 
@@ -211,49 +298,65 @@ impl<G: Gpu> LoraScratch<G> {
     }
 }
 
-/// `y[row] += scale · B(A x[row])` for the rows of each segment that has a pair in this call; with a row scale (DoRA)
-/// `y[row] = row_scale * (y[row] + scale · B(A x[row]))`. `x` `[n_rows, n_in]`, `y` `[n_rows, n_out]`.
+/// `y[row] += scale · B(A x[row])` for the rows of each segment that has a pair, for up to three linear layers of the same
+/// inputs, each given by its number; with a row scale (DoRA) `y[row] = row_scale * (y[row] + scale · B(A x[row]))`. `x`
+/// `[n_rows, n_in]`, each `y` `[n_rows, n_out]`.
 ///
 /// # Panics
-/// When there is no such call, a shape differs, or a buffer is too short.
+/// When there is no such layer, a shape differs, or a buffer is too short.
 ///
 /// # Errors
 /// When the device has no room or the driver refuses.
 pub fn lora_delta<G: Gpu>(
     gpu: &G,
-    plan: &LoraPlan<'_, G>,
-    call: usize,
+    plan: &LoraPlan<G>,
     x: &Buffer<G, f32>,
-    y: &mut Buffer<G, f32>,
+    ys: &mut [(usize, &mut Buffer<G, f32>)],
     scratch: &mut LoraScratch<G>,
 ) -> Result<(), GpuError> {
-    let Call { n_in, n_out, rank, ref pairs } = plan.calls[call];
-    if rank == 0 || plan.tiles.is_empty() {
+    assert!(ys.len() <= PRODUCTS_MAX, "{} layers in a launch", ys.len());
+    let wanted = ys.iter_mut().filter(|(layer, _)| plan.layers[*layer].2 > 0);
+    let mut layers = [LoraLayer::NONE; PRODUCTS_MAX];
+    let (mut n_layers, mut n_blocks, mut rank, mut inputs) = (0, 0, 0, 0);
+    let n_rows = plan.rows_end;
+    for (layer, y) in wanted {
+        let (n_in, n_out, layer_rank) = plan.layers[*layer];
+        assert!(n_layers == 0 || inputs == n_in, "layers of {inputs} and {n_in} inputs in a launch");
+        expect_rows("y", y, n_rows, n_out);
+        let (pair, first_block) = (count(*layer, "pairs"), count(n_blocks, "blocks"));
+        layers[n_layers] =
+            LoraLayer { y: y.address(gpu), partial: 0, pair, n_out: count(n_out, "outputs"), first_block, unused: 0 };
+        (n_layers, n_blocks, rank, inputs) =
+            (n_layers + 1, n_blocks + n_out.div_ceil(COLUMNS), rank.max(layer_rank), n_in);
+    }
+    if n_layers == 0 || plan.tiles.is_empty() {
         return Ok(());
     }
-    let n_rows = plan.rows_end;
-    expect_rows("x", x, n_rows, n_in);
-    expect_rows("y", y, n_rows, n_out);
-    let (n_chunks, stride) = (n_in.div_ceil(CHUNK), rank.next_multiple_of(4));
-    assert!(n_chunks <= GRID_MAX[1] && n_out.div_ceil(COLUMNS) <= GRID_MAX[1], "a layer of [{n_out}, {n_in}]");
-    scratch.partial.grow(gpu, n_chunks * n_rows * stride)?;
+    expect_rows("x", x, n_rows, inputs);
+    let (n_chunks, stride) = (inputs.div_ceil(CHUNK), rank.next_multiple_of(4));
+    let n_ranks = n_layers * rank.div_ceil(RANKS);
+    assert!(n_chunks <= GRID_MAX[1] && n_blocks <= GRID_MAX[1], "layers of {n_blocks} blocks and {inputs} inputs");
+    let n_partial = n_chunks * n_rows * stride;
+    scratch.partial.grow(gpu, n_layers * n_partial)?;
+    for (index, layer) in layers[..n_layers].iter_mut().enumerate() {
+        layer.partial = scratch.partial.address(gpu) + (index * n_partial * size_of::<f32>()) as u64;
+    }
     let params = LoraParams {
         x: x.address(gpu),
-        y: y.address(gpu),
-        partial: scratch.partial.address(gpu),
         tiles: plan.tiles.address(gpu),
-        pairs: pairs.address(gpu),
-        n_rows: n_rows as u32,
-        n_in: n_in as u32,
-        n_out: n_out as u32,
+        pairs: plan.descriptions.address(gpu),
+        layers,
+        n_layers: n_layers as u32,
+        n_pairs: plan.layers.len() as u32,
+        n_rows: count(n_rows, "rows"),
+        n_in: inputs as u32,
         n_chunks: n_chunks as u32,
         stride: stride as u32,
-        unused: 0,
     };
-    let shrink = ([plan.tiles.len(), n_chunks, rank.div_ceil(RANKS)], 4 * (TILE + 4 * TILE * RANKS));
-    let expand = ([plan.tiles.len(), n_out.div_ceil(COLUMNS), 1], 4 * (TILE + TILE * (RANK_MAX + 16)));
-    // SAFETY: the parameters of this kernel; tiles name rows below `n_rows`, descriptions name buffers of the pairs,
-    // which the plan keeps borrowed; `partial` holds every chunk of every row.
+    let shrink = ([plan.tiles.len(), n_chunks, n_ranks], 4 * (4 * TILE + 4 * TILE * RANKS));
+    let expand = ([plan.tiles.len(), n_blocks, 1], 4 * (TILE + TILE * (RANK_MAX + 16)));
+    // SAFETY: the parameters of this kernel; tiles name rows below `n_rows`, descriptions name buffers of the adapters,
+    // which the plan keeps; `partial` holds every chunk of every row of every layer.
     unsafe { gpu.launch(Kernel::LoraShrink, shrink.0, shrink.1, from_ref(&params).cast())? };
     // SAFETY: as above; the launch before has written what this one reads.
     unsafe { gpu.launch(Kernel::LoraExpand, expand.0, expand.1, from_ref(&params).cast()) }
@@ -267,22 +370,19 @@ fn b_pitch(rank: usize) -> usize {
 /// Rows of `width` as f16 bits at a distance of `pitch`, scaled by a power of two, and the inverse of that power. The
 /// second plane, if any, is what the first left over.
 fn in_planes(values: &[f32], width: usize, pitch: usize, planes: usize) -> (Vec<u16>, f32) {
-    let max = values.iter().fold(0.0f32, |max, value| max.max(value.abs()));
-    // As in the kernels: to [2^14, 2^15), within bounds that keep the inverse a normal number.
-    let exponent = (141 - (max.to_bits() >> 23) as i32).clamp(-120, 120);
-    let scale = 2f32.powi(exponent);
+    let (scale, inverse) = halves::scale_of(values.iter().fold(0.0f32, |max, value| max.max(value.abs())));
     let n_rows = values.len() / width;
     let mut bits = vec![0; planes * n_rows * pitch];
     for (row, values) in values.chunks_exact(width).enumerate() {
         for (column, value) in values.iter().enumerate() {
-            let high = f16::from_f32(value * scale);
-            bits[row * pitch + column] = high.to_bits();
+            let (high, low) = halves::parts(*value, scale);
+            bits[row * pitch + column] = high;
             if planes == 2 {
-                bits[(n_rows + row) * pitch + column] = f16::from_f32(value * scale - high.to_f32()).to_bits();
+                bits[(n_rows + row) * pitch + column] = low;
             }
         }
     }
-    (bits, 2f32.powi(-exponent))
+    (bits, inverse)
 }
 
 fn expect_length(what: &'static str, expected: usize, got: usize) -> Result<(), LoraError> {
@@ -291,7 +391,7 @@ fn expect_length(what: &'static str, expected: usize, got: usize) -> Result<(), 
 
 #[cfg(test)]
 mod tests {
-    use half::bf16;
+    use half::{bf16, f16};
 
     use super::*;
 

@@ -4,7 +4,8 @@
 use std::ptr::from_ref;
 
 use super::kv::DeviceKv;
-use super::params::{GRID_MAX, Kernel, NormParams, RopeParams, SwigluParams, count};
+use super::matmul::Activations;
+use super::params::{BiasParams, GRID_MAX, Kernel, NormParams, RopeParams, SwigluParams, count};
 use super::{Buffer, Gpu, GpuError};
 use crate::kv::PAGE_TOKENS;
 
@@ -12,6 +13,9 @@ use crate::kv::PAGE_TOKENS;
 const COLUMNS_MAX: usize = 40_000;
 /// Blocks of an element-wise kernel; each goes on with the next part.
 const BLOCKS_MAX: usize = 4096;
+
+/// Rotary pairs of a block: two a thread, so that a lone row spreads over the device.
+const PAIRS_PER_BLOCK: usize = 256;
 
 /// Cosines and sines of the rotary embedding for every position, computed as in [`crate::ops::RopeTable`].
 #[derive(Debug)]
@@ -30,6 +34,36 @@ pub struct RowPlan<G: Gpu> {
     slots: Buffer<G, u32>,
     positions_end: usize,
     pages_end: usize,
+}
+
+/// Some rows of a step, by number.
+#[derive(Debug)]
+pub struct RowList<G: Gpu> {
+    rows: Buffer<G, u32>,
+    end: usize,
+}
+
+// === impl RowList ===
+
+impl<G: Gpu> RowList<G> {
+    /// Uploads the list.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn new(gpu: &G, rows: &[u32]) -> Result<Self, GpuError> {
+        let end = rows.iter().max().map_or(0, |&last| last as usize + 1);
+        Ok(Self { rows: Buffer::upload(gpu, rows)?, end })
+    }
+
+    /// Rows in it.
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
 }
 
 // === impl DeviceRope ===
@@ -89,7 +123,7 @@ impl<G: Gpu> RowPlan<G> {
 }
 
 /// `hidden += delta` if given, then `out = hidden / sqrt(mean(hidden²) + eps) * weight`, for the first `n_rows` rows;
-/// `hidden`, `delta`, `out` `[n_rows, n]`, `weight` `[n]`.
+/// `hidden`, `delta`, `out` `[n_rows, n]`, `weight` `[n]`. The result is also rounded into `codes` when given.
 ///
 /// # Panics
 /// When a buffer is too short.
@@ -104,14 +138,55 @@ pub fn residual_rms_norm<G: Gpu>(
     weight: &Buffer<G, f32>,
     eps: f32,
     out: &mut Buffer<G, f32>,
+    codes: Option<&mut Activations<G>>,
+) -> Result<(), GpuError> {
+    expect_rows("hidden", hidden, n_rows, weight.len());
+    if let Some(delta) = delta {
+        expect_rows("delta", delta, n_rows, weight.len());
+    }
+    norm(gpu, hidden, delta, n_rows, None, weight, eps, out, codes)
+}
+
+/// As [`residual_rms_norm`], of some rows only: row `i` of `out` is made from row `rows[i]` of `hidden` and `delta`, which
+/// stay as they are. Rows beyond `hidden` are the caller's fault and are refused when the list is made ([`RowList`]).
+///
+/// # Panics
+/// When a buffer is too short.
+///
+/// # Errors
+/// When the driver refuses.
+pub fn rms_norm_of_rows<G: Gpu>(
+    gpu: &G,
+    hidden: &mut Buffer<G, f32>,
+    delta: Option<&Buffer<G, f32>>,
+    rows: &RowList<G>,
+    weight: &Buffer<G, f32>,
+    eps: f32,
+    out: &mut Buffer<G, f32>,
+    codes: Option<&mut Activations<G>>,
+) -> Result<(), GpuError> {
+    expect_rows("hidden", hidden, rows.end, weight.len());
+    if let Some(delta) = delta {
+        expect_rows("delta", delta, rows.end, weight.len());
+    }
+    norm(gpu, hidden, delta, rows.rows.len(), Some(rows), weight, eps, out, codes)
+}
+
+#[expect(clippy::too_many_arguments, reason = "plain buffers and facts, as everywhere in this crate")]
+fn norm<G: Gpu>(
+    gpu: &G,
+    hidden: &mut Buffer<G, f32>,
+    delta: Option<&Buffer<G, f32>>,
+    n_rows: usize,
+    rows: Option<&RowList<G>>,
+    weight: &Buffer<G, f32>,
+    eps: f32,
+    out: &mut Buffer<G, f32>,
+    codes: Option<&mut Activations<G>>,
 ) -> Result<(), GpuError> {
     let n = weight.len();
     assert!(n > 0 && n <= COLUMNS_MAX && n_rows <= GRID_MAX[0], "a norm of [{n_rows}, {n}]");
-    expect_rows("hidden", hidden, n_rows, n);
     expect_rows("out", out, n_rows, n);
-    if let Some(delta) = delta {
-        expect_rows("delta", delta, n_rows, n);
-    }
     if n_rows == 0 {
         return Ok(());
     }
@@ -120,10 +195,13 @@ pub fn residual_rms_norm<G: Gpu>(
         delta: delta.map_or(0, |delta| delta.address(gpu)),
         weight: weight.address(gpu),
         out: out.address(gpu),
+        rows: rows.map_or(0, |rows| rows.rows.address(gpu)),
+        codes: codes.map_or(0, |codes| codes.codes_for(gpu, n_rows, n)),
         n: count(n, "columns"),
         eps,
     };
-    // SAFETY: the parameters of this kernel; block r touches row r of buffers that have `n_rows` rows.
+    // SAFETY: the parameters of this kernel; block r touches row r of buffers that have `n_rows` rows, or a listed row
+    // of buffers that have all of these.
     unsafe { gpu.launch(Kernel::ResidualRmsNorm, [n_rows, 1, 1], (n + 1) * 4, from_ref(&params).cast()) }
 }
 
@@ -174,11 +252,12 @@ pub fn rope_store<G: Gpu>(
         head_dim: count(head_dim, "dimensions"),
         unused: 0,
     };
+    let shares = (n_heads * head_dim / 2).div_ceil(PAIRS_PER_BLOCK).clamp(1, GRID_MAX[1]);
     // SAFETY: the parameters of this kernel; block r touches row r and its slot, all checked above and in the plan.
-    unsafe { gpu.launch(Kernel::RopeStore, [n_rows, 1, 1], 0, from_ref(&params).cast()) }
+    unsafe { gpu.launch(Kernel::RopeStore, [n_rows, shares, 1], 0, from_ref(&params).cast()) }
 }
 
-/// `out = gate / (1 + exp(-gate)) * up` for the first `n` values.
+/// `out = gate / (1 + exp(-gate)) * up`, all `[n_rows, width]`. The result is also rounded into `codes` when given.
 ///
 /// # Panics
 /// When a buffer is shorter.
@@ -189,16 +268,53 @@ pub fn swiglu<G: Gpu>(
     gpu: &G,
     gate: &Buffer<G, f32>,
     up: &Buffer<G, f32>,
-    n: usize,
+    n_rows: usize,
+    width: usize,
     out: &mut Buffer<G, f32>,
+    codes: Option<&mut Activations<G>>,
 ) -> Result<(), GpuError> {
-    assert!(gate.len() >= n && up.len() >= n && out.len() >= n, "gate, up or out is shorter than {n}");
+    for (what, buffer) in [("gate", gate), ("up", up), ("out", &*out)] {
+        expect_rows(what, buffer, n_rows, width);
+    }
+    let n = n_rows * width;
     if n == 0 {
         return Ok(());
     }
-    let params = SwigluParams { gate: gate.address(gpu), up: up.address(gpu), out: out.address(gpu), n: n as u64 };
-    // SAFETY: the parameters of this kernel; it touches the first `n` values.
+    let params = SwigluParams {
+        gate: gate.address(gpu),
+        up: up.address(gpu),
+        out: out.address(gpu),
+        codes: codes.map_or(0, |codes| codes.codes_for(gpu, n_rows, width)),
+        n: n as u64,
+        width: count(width, "columns"),
+        n_tiles: count(n_rows.div_ceil(8), "tiles"),
+    };
+    // SAFETY: the parameters of this kernel; it touches the first `n` values, and the records of these rows.
     unsafe { gpu.launch(Kernel::Swiglu, [n.div_ceil(128).min(BLOCKS_MAX), 1, 1], 0, from_ref(&params).cast()) }
+}
+
+/// `y += bias` in each of `n_rows` rows.
+///
+/// # Panics
+/// When `y` is shorter.
+///
+/// # Errors
+/// When the driver refuses.
+pub fn add_bias<G: Gpu>(gpu: &G, y: &mut Buffer<G, f32>, n_rows: usize, bias: &Buffer<G, f32>) -> Result<(), GpuError> {
+    expect_rows("y", y, n_rows, bias.len());
+    let n = n_rows * bias.len();
+    if n == 0 {
+        return Ok(());
+    }
+    let params = BiasParams {
+        y: y.address(gpu),
+        bias: bias.address(gpu),
+        n_values: n as u64,
+        n: count(bias.len(), "columns"),
+        unused: 0,
+    };
+    // SAFETY: the parameters of this kernel; it touches the first `n` values.
+    unsafe { gpu.launch(Kernel::AddBias, [n.div_ceil(128).min(BLOCKS_MAX), 1, 1], 0, from_ref(&params).cast()) }
 }
 
 /// # Panics

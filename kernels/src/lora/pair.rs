@@ -194,8 +194,36 @@ impl LoraPair {
         self.n_in.div_ceil(PANEL / self.width())
     }
 
+    /// A `[rank, n_in]` and B `[n_out, rank]`, row-major, for another device's packing.
+    pub(crate) fn matrices(&self) -> (Vec<f32>, Vec<f32>) {
+        let (rank, n_in, n_out) = (self.rank, self.n_in, self.n_out);
+        let (mut a, mut b) = (vec![0.0; rank * n_in], vec![0.0; n_out * rank]);
+        for (r, row) in a.chunks_exact_mut(n_in).enumerate() {
+            row.iter_mut().enumerate().for_each(|(k, value)| *value = self.read(&self.a, self.a_at(r, k)));
+        }
+        for (column, row) in b.chunks_exact_mut(rank).enumerate() {
+            let first = column / PANEL * rank * PANEL + column % PANEL;
+            row.iter_mut().enumerate().for_each(|(r, value)| *value = self.read(&self.b, first + r * PANEL));
+        }
+        (a, b)
+    }
+
+    /// What the delta is multiplied by.
+    pub(crate) fn scale(&self) -> f32 {
+        self.scale
+    }
+
+    /// How values are kept.
+    pub(crate) fn dtype(&self) -> LoraDtype {
+        self.dtype
+    }
+
+    /// DoRA's factors, `[n_out]`.
+    pub(crate) fn row_scale(&self) -> Option<&[f32]> {
+        self.row_scale.as_deref()
+    }
+
     /// Where A's row `r`, column `k` lies.
-    #[cfg(test)]
     pub(super) fn a_at(&self, r: usize, k: usize) -> usize {
         let inputs = PANEL / self.width();
         (r / PANEL * self.steps() + k / inputs) * PANEL + k % inputs * self.width() + r % PANEL

@@ -5,7 +5,7 @@ use kernels::cuda::rows::residual_rms_norm;
 use kernels::lora::LoraDtype;
 
 use super::support::{Noise, PLAIN, bits, download, upload};
-use super::{attention, lora};
+use super::{attention, lora, matmul};
 
 /// The results of all kernels that have barriers, as bits.
 fn everything(gpu: &Emulated) -> Vec<u32> {
@@ -19,8 +19,15 @@ fn everything(gpu: &Emulated) -> Vec<u32> {
     all.extend(bits(&fixture.on_device(gpu, &[(0, 292, 8)], &q)));
     let (mut hidden, weight) = (upload(gpu, &noise.values(2 * 200)), upload(gpu, &noise.values(200)));
     let mut out = upload(gpu, &[0.0; 400]);
-    residual_rms_norm(gpu, &mut hidden, None, 2, &weight, 1e-5, &mut out).expect("a launch");
+    residual_rms_norm(gpu, &mut hidden, None, 2, &weight, 1e-5, &mut out, None).expect("a launch");
     all.extend(bits(&download(gpu, &out)));
+    for matrix in matmul::one_of_each_kind(64, 576) {
+        // For a kernel whose warps work alone, and for the tall one.
+        for n_rows in [9, 65] {
+            let x = noise.values(n_rows * 576);
+            all.extend(matmul::on_device(gpu, &[&matrix], &x).iter().flat_map(|out| bits(out)));
+        }
+    }
     all
 }
 

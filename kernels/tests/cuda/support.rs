@@ -2,14 +2,11 @@
 
 use kernels::backend::{Backend, force};
 use kernels::cuda::Buffer;
-use kernels::cuda::emulation::Emulated;
 
-pub(crate) type Floats = Buffer<Emulated, f32>;
+// What runs the kernels is chosen by the root: the emulation, or the device.
+pub(crate) use crate::executor::{CUT, Executor, PLAIN, absent};
 
-/// Whole tiles, from the first thread to the last.
-pub(crate) const PLAIN: Emulated = Emulated { backwards: false, skip_barrier: 0, blocks_to_fill: 0 };
-/// Cuts attention into as many blocks as it can, and runs threads from the last to the first.
-pub(crate) const CUT: Emulated = Emulated { backwards: true, skip_barrier: 0, blocks_to_fill: usize::MAX };
+pub(crate) type Floats = Buffer<Executor, f32>;
 
 /// A small generator (splitmix64); the same seed gives the same numbers.
 pub(crate) struct Noise(pub(crate) u64);
@@ -44,11 +41,11 @@ pub(crate) fn reference<T>(f: impl FnOnce() -> T) -> T {
     f()
 }
 
-pub(crate) fn upload(gpu: &Emulated, values: &[f32]) -> Floats {
+pub(crate) fn upload(gpu: &Executor, values: &[f32]) -> Floats {
     Buffer::upload(gpu, values).expect("memory")
 }
 
-pub(crate) fn download(gpu: &Emulated, buffer: &Floats) -> Vec<f32> {
+pub(crate) fn download(gpu: &Executor, buffer: &Floats) -> Vec<f32> {
     buffer.download(gpu).expect("memory")
 }
 
