@@ -23,10 +23,10 @@ use crate::info::{ModelInfo, Numerics};
 use crate::step::{Forward, Step};
 use crate::weights::Weights;
 
-mod plan;
+pub(crate) mod plan;
 mod block;
 mod buffers;
-mod rotary;
+pub(crate) mod rotary;
 
 use block::Pass;
 use buffers::Buffers;
@@ -35,7 +35,7 @@ use plan::{Bounds, Plan};
 /// Sizes of a [`Runtime`]; all memory is taken when it is made.
 #[derive(Debug, Clone)]
 pub struct RuntimeOptions {
-    /// Threads that compute, the caller's included; at least 1.
+    /// Threads that compute, the caller's included; at least 1. A GPU has its own and ignores this.
     pub threads: usize,
     /// Most rows (tokens) per step.
     pub rows_max: usize,
@@ -49,9 +49,24 @@ pub struct RuntimeOptions {
     pub poison_freed_pages: bool,
 }
 
-/// Why a runtime cannot be made: the operator's numbers do not fit the model.
+/// Why a runtime cannot be made: the operator's numbers do not fit the model, or the device does not.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RuntimeError {
+    /// The model was loaded for a GPU, and a CPU would compute other bits than its numerics say.
+    #[error("the model was loaded with numerics of a GPU; hint: load it with those of a CPU")]
+    WantsGpu,
+    /// The model was loaded for a CPU, and a GPU would compute other bits.
+    #[error("the model was loaded with numerics of a CPU; hint: load it with those of a GPU")]
+    WantsCpu,
+    /// A GPU cannot compute this model; a CPU can.
+    #[error("a GPU cannot run this model: {what}; hint: run it on the CPU")]
+    Unfit {
+        /// What of the model.
+        what: String,
+    },
+    /// The driver refused, or the device has no room.
+    #[error(transparent)]
+    Gpu(#[from] kernels::cuda::GpuError),
     /// A size that must be at least 1 is 0.
     #[error("{what} is 0, must be at least 1")]
     Zero {
@@ -91,10 +106,32 @@ pub struct Runtime {
 pub fn kv_layout(info: &ModelInfo) -> KvLayout {
     let dtype = match info.numerics {
         Numerics::Exact => KvDtype::F32,
-        Numerics::Fast => KvDtype::F16,
+        Numerics::Fast | Numerics::Gpu => KvDtype::F16,
     };
     let ModelInfo { n_layers, n_kv_heads, head_dim, .. } = *info;
     KvLayout { n_layers, n_kv_heads, head_dim, page_tokens: PAGE_TOKENS, dtype }
+}
+
+/// Pages that fit in `kv_bytes`, at least one.
+pub(crate) fn n_pages(layout: &KvLayout, kv_bytes: usize) -> Result<usize, RuntimeError> {
+    let page_bytes = layout.bytes_per_page();
+    match (kv_bytes / page_bytes).min(u32::MAX as usize) {
+        0 => Err(RuntimeError::KvTooSmall { kv_bytes, page_bytes }),
+        n_pages => Ok(n_pages),
+    }
+}
+
+// === impl RuntimeOptions ===
+
+impl RuntimeOptions {
+    /// Every size is at least 1.
+    pub(crate) fn check(&self) -> Result<(), RuntimeError> {
+        let sizes = [("threads", self.threads), ("rows_max", self.rows_max), ("n_logits_max", self.n_logits_max)];
+        match sizes.into_iter().find(|(_, size)| *size == 0) {
+            Some((what, _)) => Err(RuntimeError::Zero { what }),
+            None => Ok(()),
+        }
+    }
 }
 
 // === impl Runtime ===
@@ -105,23 +142,16 @@ impl Runtime {
     /// # Errors
     /// When a size is 0 or `kv_bytes` is below one page.
     pub fn new(base: Arc<BaseModel>, options: RuntimeOptions) -> Result<Self, RuntimeError> {
+        options.check()?;
         let RuntimeOptions { threads, rows_max, kv_bytes, n_logits_max, poison_freed_pages } = options;
-        for (what, size) in [("threads", threads), ("rows_max", rows_max), ("n_logits_max", n_logits_max)] {
-            if size == 0 {
-                return Err(RuntimeError::Zero { what });
-            }
-        }
         let info = &base.info;
         let precision = match info.numerics {
             Numerics::Exact => Precision::F32,
             Numerics::Fast => Precision::Int8,
+            Numerics::Gpu => return Err(RuntimeError::WantsGpu),
         };
         let layout = kv_layout(info);
-        let page_bytes = layout.bytes_per_page();
-        let n_pages = (kv_bytes / page_bytes).min(u32::MAX as usize);
-        if n_pages == 0 {
-            return Err(RuntimeError::KvTooSmall { kv_bytes, page_bytes });
-        }
+        let n_pages = n_pages(&layout, kv_bytes)?;
         let mut kv = KvPool::new(layout, n_pages);
         // Pages that were never used hold zeros; filling them all would make the whole budget resident.
         if poison_freed_pages && cfg!(debug_assertions) {

@@ -20,6 +20,8 @@ pub enum Numerics {
     Exact,
     /// Activations rounded to int8 with a scale per block of 32, f16 KV pages.
     Fast,
+    /// As `Fast`, computed by a GPU: sums have another order, so the bits are others than those of a CPU.
+    Gpu,
 }
 
 /// Change of the rotary frequencies for long contexts.
@@ -90,11 +92,12 @@ impl ModelInfo {
     /// Names everything that decides the bits of a result besides weights and tokens. Streams migrate only
     /// between nodes with equal ids.
     pub fn numerics_id(&self) -> String {
-        let precision = match self.numerics {
-            Numerics::Exact => "f32-kv32",
-            Numerics::Fast => "int8-kv16",
+        let how = match self.numerics {
+            Numerics::Exact => "cpu1-f32-kv32",
+            Numerics::Fast => "cpu1-int8-kv16",
+            Numerics::Gpu => "gpu1-int8-kv16",
         };
-        format!("cpu1-{precision}-{}", self.hash.short())
+        format!("{how}-{}", self.hash.short())
     }
 
     /// `[out, in]` of one linear layer.

@@ -43,7 +43,8 @@ impl Step {
     }
 }
 
-/// What computes a step. The real one is [`crate::forward::Runtime`]; simulations use a stub.
+/// What computes a step. The real ones are [`crate::forward::Runtime`] and [`crate::gpu::GpuRuntime`]; simulations use a
+/// stub.
 pub trait Forward: Send {
     /// Token positions per KV page.
     fn page_tokens(&self) -> usize;
@@ -66,4 +67,30 @@ pub trait Forward: Send {
 
     /// Called when a page is freed or handed to another owner; debug builds fill it with NaN.
     fn page_freed(&mut self, page: u32);
+}
+
+impl<F: Forward + ?Sized> Forward for Box<F> {
+    fn page_tokens(&self) -> usize {
+        (**self).page_tokens()
+    }
+
+    fn n_pages(&self) -> usize {
+        (**self).n_pages()
+    }
+
+    fn rows_max(&self) -> usize {
+        (**self).rows_max()
+    }
+
+    fn vocab(&self) -> usize {
+        (**self).vocab()
+    }
+
+    fn forward(&mut self, step: &Step) -> &[f32] {
+        (**self).forward(step)
+    }
+
+    fn page_freed(&mut self, page: u32) {
+        (**self).page_freed(page);
+    }
 }

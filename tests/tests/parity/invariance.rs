@@ -18,7 +18,7 @@ use crate::lab::{self, Lab, Sequence, digest};
 const ROWS_MAX: usize = 96;
 
 /// What a test mixes: a model and what may be put on it.
-struct Bench {
+pub(crate) struct Bench {
     base: Arc<BaseModel>,
     adapters: Vec<Option<Arc<LoraAdapter>>>,
     vocab: usize,
@@ -101,7 +101,7 @@ fn holds(bench: &Bench, mix: &Mix) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-fn check(bench: &Bench, cases: u32, length_max: usize, n_max: usize) {
+pub(crate) fn check(bench: &Bench, cases: u32, length_max: usize, n_max: usize) {
     let mut runner = TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() });
     let strategy = mixes(bench.adapters.len(), length_max, n_max);
     runner.run(&strategy, |mix| holds(bench, &mix)).expect("identical bits");
@@ -109,11 +109,22 @@ fn check(bench: &Bench, cases: u32, length_max: usize, n_max: usize) {
 
 /// A tiny model (`None`: floats) with adapters of several ranks, on some and on all linear layers.
 fn tiny_bench(test: &str, spec: &TinySpec, quantisation: Option<Quantisation>) -> Bench {
+    // Fast numerics round activations only before quantised weights.
+    let numerics = if quantisation.is_some() { Numerics::Fast } else { Numerics::Exact };
+    tiny_bench_with(test, spec, quantisation, numerics)
+}
+
+/// As [`tiny_bench`], with numerics of choice.
+pub(crate) fn tiny_bench_with(
+    test: &str,
+    spec: &TinySpec,
+    quantisation: Option<Quantisation>,
+    numerics: Numerics,
+) -> Bench {
     let dir = lab::folder(test);
-    let (path, numerics) = match quantisation {
-        None => (spec.write_hf(&dir), Numerics::Exact),
-        // Fast numerics round activations only before quantised weights.
-        Some(quantisation) => (spec.write_gguf(&dir, quantisation), Numerics::Fast),
+    let path = match quantisation {
+        None => spec.write_hf(&dir),
+        Some(quantisation) => spec.write_gguf(&dir, quantisation),
     };
     let base = lab::load(&path, numerics);
     let kinds: [(usize, &[Linear]); 5] = [
@@ -151,14 +162,19 @@ fn any_mix_of_a_qwen2_gives_identical_bits() {
     check(&tiny_bench("mix-qwen2", &TinySpec::qwen2(), Some(Quantisation::All(GgmlDType::Q8_0))), 16, 100, 8);
 }
 
-#[test]
-fn any_mix_of_the_real_model_gives_identical_bits() {
-    let base = lab::load(&tests::model_file(), Numerics::Fast);
+/// The real model with three of its adapters.
+pub(crate) fn real_bench(numerics: Numerics) -> Bench {
+    let base = lab::load(&tests::model_file(), numerics);
     let packed = ["harbor-logistics", "northbank", "metrix-dora"]
         .map(|name| Some(lab::pack(&base, &tiny::read_adapter(&tests::data("adapters").join(name)))));
     let adapters = std::iter::once(None).chain(packed).collect();
     let vocab = base.info.vocab;
-    check(&Bench { base, adapters, vocab }, 3, 40, 5);
+    Bench { base, adapters, vocab }
+}
+
+#[test]
+fn any_mix_of_the_real_model_gives_identical_bits() {
+    check(&real_bench(Numerics::Fast), 3, 40, 5);
 }
 
 #[test]

@@ -48,7 +48,7 @@ impl Sequence {
 
 /// A runtime and its free pages.
 pub(crate) struct Lab {
-    runtime: Runtime,
+    runtime: Box<dyn Forward>,
     free: Vec<u32>,
 }
 
@@ -64,7 +64,11 @@ impl Lab {
         };
         let page_bytes = kv_layout(&base.info).bytes_per_page();
         let kv_bytes = positions.div_ceil(PAGE_TOKENS) * page_bytes;
-        let runtime = Runtime::new(base.clone(), options(kv_bytes)).expect("a runtime");
+        let runtime: Box<dyn Forward> = match base.info.numerics {
+            #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+            Numerics::Gpu => crate::gpu::runtime(base, options(kv_bytes)),
+            _ => Box::new(Runtime::new(base.clone(), options(kv_bytes)).expect("a runtime")),
+        };
         let mut free: Vec<u32> = (0..runtime.n_pages() as u32).collect();
         let mut random = Random::new(seed);
         for place in (1..free.len()).rev() {

@@ -11,28 +11,28 @@ use crate::step::{Run, Step};
 
 /// What a step must stay within.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Bounds {
-    pub(super) rows_max: usize,
-    pub(super) positions_max: usize,
-    pub(super) n_pages: usize,
-    pub(super) page_tokens: usize,
-    pub(super) vocab: usize,
-    pub(super) n_layers: usize,
+pub(crate) struct Bounds {
+    pub(crate) rows_max: usize,
+    pub(crate) positions_max: usize,
+    pub(crate) n_pages: usize,
+    pub(crate) page_tokens: usize,
+    pub(crate) vocab: usize,
+    pub(crate) n_layers: usize,
 }
 
 /// A checked step. The default is an empty one, which lends its memory to the next.
 #[derive(Debug, Default)]
-pub(super) struct Plan<'a> {
+pub(crate) struct Plan<'a> {
     /// Token of every row.
-    pub(super) tokens: Vec<u32>,
+    pub(crate) tokens: Vec<u32>,
     /// Position of every row in its sequence.
-    pub(super) positions: Vec<u32>,
+    pub(crate) positions: Vec<u32>,
     /// Runs with their rows and pages.
-    pub(super) runs: Vec<AttnRun<'a>>,
+    pub(crate) runs: Vec<AttnRun<'a>>,
     /// Longest stretches of rows with the same adapter; rows without one are in none.
-    pub(super) adapters: Vec<(Range<usize>, &'a LoraAdapter)>,
+    pub(crate) adapters: Vec<(Range<usize>, &'a Arc<LoraAdapter>)>,
     /// Rows whose logits are wanted, in the order they are returned.
-    pub(super) logits_rows: Vec<usize>,
+    pub(crate) logits_rows: Vec<usize>,
 }
 
 // === impl Plan ===
@@ -42,7 +42,7 @@ impl<'a> Plan<'a> {
     ///
     /// # Panics
     /// When the step breaks a bound: a scheduler bug that must not become wrong output.
-    pub(super) fn new(step: &'a Step, bounds: &Bounds, spare: Plan<'static>) -> Self {
+    pub(crate) fn new(step: &'a Step, bounds: &Bounds, spare: Plan<'static>) -> Self {
         let n_rows = step.n_rows();
         assert!(n_rows <= bounds.rows_max, "step has {n_rows} rows, limit {}", bounds.rows_max);
         let mut plan: Self = spare;
@@ -54,7 +54,7 @@ impl<'a> Plan<'a> {
     }
 
     /// The memory, for the next step.
-    pub(super) fn into_spare(mut self) -> Plan<'static> {
+    pub(crate) fn into_spare(mut self) -> Plan<'static> {
         self.tokens.clear();
         self.positions.clear();
         self.logits_rows.clear();
@@ -68,7 +68,7 @@ impl<'a> Plan<'a> {
     }
 
     /// Rows in the step.
-    pub(super) fn n_rows(&self) -> usize {
+    pub(crate) fn n_rows(&self) -> usize {
         self.tokens.len()
     }
 
@@ -88,7 +88,7 @@ impl<'a> Plan<'a> {
     /// copies of equal weights make two stretches, which costs time and changes nothing.
     fn push_adapter(&mut self, rows: Range<usize>, adapter: &'a Arc<LoraAdapter>) {
         match self.adapters.last_mut() {
-            Some((last, same)) if last.end == rows.start && std::ptr::eq(*same, Arc::as_ptr(adapter)) => {
+            Some((last, same)) if last.end == rows.start && Arc::ptr_eq(same, adapter) => {
                 last.end = rows.end;
             }
             _ => self.adapters.push((rows, adapter)),
@@ -97,7 +97,7 @@ impl<'a> Plan<'a> {
 }
 
 /// The memory of a vector for elements of another lifetime. A collect from a vector of the same layout works in place.
-pub(super) fn emptied<A, B>(mut from: Vec<A>) -> Vec<B> {
+pub(crate) fn emptied<A, B>(mut from: Vec<A>) -> Vec<B> {
     from.clear();
     from.into_iter().map(|_| unreachable!("the vector is empty")).collect()
 }

@@ -5,7 +5,7 @@ use std::f64::consts::TAU;
 use crate::info::{ModelInfo, RopeScaling};
 
 /// Radians per position for each rotary pair, `[head_dim / 2]`: `theta^(-2i / head_dim)`, then the scaling rule.
-pub(super) fn inverse_frequencies(info: &ModelInfo) -> Vec<f64> {
+pub(crate) fn inverse_frequencies(info: &ModelInfo) -> Vec<f64> {
     let plain = (0..info.head_dim / 2).map(|pair| info.rope_theta.powf(-((2 * pair) as f64) / info.head_dim as f64));
     match &info.rope_scaling {
         RopeScaling::None => plain.collect(),
