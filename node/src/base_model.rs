@@ -8,7 +8,8 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use model::forward::Runtime;
+use model::forward::{Runtime, RuntimeError};
+use model::step::Forward;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use scheduler::engine::{Engine, EngineEnd};
 use shared::clock::Clock;
@@ -121,14 +122,25 @@ fn guarded(run: impl FnOnce() -> Result<EngineEnd, String>) -> Result<EngineEnd,
 }
 
 fn run_engine(room: &Arc<BaseRoom>, clock: Arc<dyn Clock>) -> Result<EngineEnd, String> {
-    let runtime =
-        Runtime::new(Arc::clone(&room.model), room.engine.runtime.clone()).map_err(|error| error.to_string())?;
+    let runtime = runtime(room).map_err(|error| error.to_string())?;
     let source = EngineSource::new(Arc::clone(room));
     let engine = Engine::new(runtime, source, Arc::clone(&room.vocabulary), clock, room.engine.scheduling.clone());
     room.engine_started(engine.stats());
     room.set_up(true);
     tracing::info!(base = %room.name, context = room.context(), "engine running");
     Ok(engine.run())
+}
+
+/// What computes the steps: a GPU if the model was loaded for one, else the CPU.
+fn runtime(room: &BaseRoom) -> Result<Box<dyn Forward>, RuntimeError> {
+    let options = room.engine.runtime.clone();
+    #[cfg(feature = "cuda")]
+    if room.model.info.numerics == model::info::Numerics::Gpu {
+        let gpu = kernels::cuda::device::Device::new(0)?;
+        tracing::info!(base = %room.name, device = %gpu.describe(), "computing on a GPU");
+        return Ok(Box::new(model::gpu::GpuRuntime::new(gpu, &room.model, options)?));
+    }
+    Ok(Box::new(Runtime::new(Arc::clone(&room.model), options)?))
 }
 
 #[cfg(test)]

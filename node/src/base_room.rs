@@ -114,9 +114,15 @@ impl BaseRoom {
     /// # Errors
     /// With the path and the loader's reason.
     pub fn load_model(base: &BaseConfig) -> anyhow::Result<Arc<BaseModel>> {
-        let numerics = if base.exact { Numerics::Exact } else { Numerics::Fast };
-        let model = BaseModel::load_shared(&base.path, numerics, base.panels.as_deref())
+        let numerics = if base.exact { Numerics::Exact } else { rounded_numerics() };
+        let mut model = BaseModel::load_shared(&base.path, numerics, base.panels.as_deref())
             .map_err(|error| load_failed(&base.path, &error))?;
+        if numerics == Numerics::Gpu
+            && let Err(reason) = model::gpu::supports(&model.info)
+        {
+            tracing::warn!(%reason, "computing on the CPU");
+            model.info.numerics = Numerics::Fast;
+        }
         Ok(Arc::new(model))
     }
 
@@ -169,6 +175,20 @@ pub fn vocabulary(model: &BaseModel) -> Vocabulary {
         None => (tokenizer.token_bytes(id).to_vec(), false),
     };
     Vocabulary::new((0..n_tokens).map(spelling), model.info.eos.clone())
+}
+
+/// A GPU's where the binary was built for one and this machine has it.
+fn rounded_numerics() -> Numerics {
+    if !cfg!(feature = "cuda") {
+        return Numerics::Fast;
+    }
+    match kernels::cuda::available() {
+        Ok(()) => Numerics::Gpu,
+        Err(reason) => {
+            tracing::warn!(%reason, "computing on the CPU");
+            Numerics::Fast
+        }
+    }
 }
 
 fn load_failed(path: &Path, error: &model::base::LoadError) -> anyhow::Error {
