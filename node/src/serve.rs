@@ -1,6 +1,6 @@
 //! `tenantry node`: from a configuration file to a serving node, and from SIGTERM to a clean end.
 //!
-//! Order of start: configuration, everything behind the doors ([`open`]), actors, ports. Nothing listens before
+//! Order of start: configuration, everything behind the doors (`serve::open`), actors, ports. Nothing listens before
 //! everything behind it works. Order of stop: refuse new requests, let running ones finish, hand over to other nodes
 //! what runs for them, flush, exit.
 
