@@ -1,7 +1,7 @@
 //! Being asked: who may come in, and which part of the node answers.
 //!
 //! Nothing of a connection is decoded before its certificate names a node of this cluster; who has none may only join
-//! ([`crate::join`]), where that is possible at all. Called by the node's shell once, with what answers
+//! ([`mod@crate::join`]), where that is possible at all. Called by the node's shell once, with what answers
 //! ([`PeerService`]).
 
 use std::future::Future;

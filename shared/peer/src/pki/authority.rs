@@ -11,7 +11,7 @@
 //! ```
 //!
 //! A node is let in once, here ([`Authority::admit_here`]) or over the network ([`Authority::redeem`], which
-//! [`crate::join`] calls). Whom the others let in is decided by their cluster's file, too: who is taken out of it is
+//! [`mod@crate::join`] calls). Whom the others let in is decided by their cluster's file, too: who is taken out of it is
 //! out, whatever the certificate says.
 
 use std::fs;
