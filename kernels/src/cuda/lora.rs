@@ -99,7 +99,6 @@ impl PackedPair {
     ///
     /// # Errors
     /// When the rank is out of range or a length does not fit.
-    #[expect(clippy::too_many_arguments, reason = "as the pair of the CPU kernels")]
     pub fn new(
         rank: usize,
         n_in: usize,
@@ -278,11 +277,9 @@ impl<G: Gpu> LoraPlan<G> {
 
     /// Whether this is the plan for these segments, so that the next step need not make it again.
     pub fn is_for(&self, segments: &[(Range<usize>, Arc<DeviceAdapter<G>>)]) -> bool {
-        let same =
-            |(wanted, known): (&(Range<usize>, Arc<DeviceAdapter<G>>), &(Range<usize>, Arc<DeviceAdapter<G>>))| {
-                wanted.0 == known.0 && Arc::ptr_eq(&wanted.1, &known.1)
-            };
-        segments.len() == self.segments.len() && segments.iter().zip(&self.segments).all(same)
+        let mut pairs = segments.iter().zip(&self.segments);
+        segments.len() == self.segments.len()
+            && pairs.all(|(wanted, known)| wanted.0 == known.0 && Arc::ptr_eq(&wanted.1, &known.1))
     }
 }
 

@@ -30,6 +30,9 @@ pub(super) fn pair_index(layer: usize, linear: Linear) -> usize {
     layer * Linear::ALL.len() + linear as usize
 }
 
+/// Rows of a step and the adapter they share.
+type Segment<G> = (Range<usize>, Arc<DeviceAdapter<G>>);
+
 // === impl Adapters ===
 
 impl<G: Gpu> Adapters<G> {
@@ -39,7 +42,7 @@ impl<G: Gpu> Adapters<G> {
         gpu: &G,
         info: &ModelInfo,
         segments: &[(Range<usize>, &Arc<LoraAdapter>)],
-    ) -> Result<Vec<(Range<usize>, Arc<DeviceAdapter<G>>)>, GpuError> {
+    ) -> Result<Vec<Segment<G>>, GpuError> {
         self.drop_unused(gpu)?;
         segments.iter().map(|(rows, adapter)| Ok((rows.clone(), self.find(gpu, info, adapter)?))).collect()
     }

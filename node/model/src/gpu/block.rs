@@ -78,7 +78,6 @@ impl<G: Gpu> Pass<'_, G> {
 }
 
 /// Linear layers of the same input `x`: `out = W x` for all rows, then each row's own adapter on top. Biases come after.
-#[expect(clippy::too_many_arguments, reason = "the buffers of a step are borrowed one by one")]
 fn project<G: Gpu, const N: usize>(
     pass: &Pass<'_, G>,
     layer: usize,
