@@ -106,6 +106,12 @@ impl Client {
             if !matches!(answer, Answer::Failed { .. }) {
                 self.heard_at = Instant::now();
             }
+            if let Some((_, at)) = &mut self.accepted
+                && self.oracle.is_cut_off(&name(node))
+            {
+                // It can keep nothing elsewhere.
+                *at = Instant::now();
+            }
             match answer {
                 Answer::Accepted { request, .. } => {
                     self.accepted.get_or_insert((RequestId(request), Instant::now()));

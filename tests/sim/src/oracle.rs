@@ -225,6 +225,11 @@ impl Oracle {
         };
     }
 
+    /// Whether a node reaches no other.
+    pub fn is_cut_off(&self, node: &NodeId) -> bool {
+        self.seen().cut_off.contains(node)
+    }
+
     /// Whether a request has ended.
     pub fn has_ended(&self, key: u128) -> bool {
         self.seen().outcomes.contains_key(&key)
