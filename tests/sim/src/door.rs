@@ -97,6 +97,7 @@ impl Door {
             let _ = write.shutdown().await;
         };
         tokio::select! {
+            biased;
             () = gone => {}
             () = work => {}
         }
@@ -183,6 +184,7 @@ impl Door {
         tokio::pin!(leaving);
         loop {
             let event = tokio::select! {
+                biased;
                 event = received.recv() => event,
                 () = &mut leaving => return self.say(&mut delivered),
                 () = tokio::time::sleep_until(said_at + USAGE_EVERY) => {

@@ -112,6 +112,7 @@ impl Engine {
                 return work.await;
             }
             tokio::select! {
+                biased;
                 () = stops.closed() => {}
                 () = work => {}
             }

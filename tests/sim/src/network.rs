@@ -285,6 +285,7 @@ impl Peers {
         };
         let work = answer(start, &self.coordinator, &self.engine, answers);
         tokio::select! {
+            biased;
             () = cancelled => {}
             ((), ()) = async { tokio::join!(work, send) } => {}
         }
@@ -300,7 +301,8 @@ pub async fn answer(start: Start, coordinator: &Coordinator, engine: &Engine, an
         Arrival::Serve => match engine.run(envelope, emitted) {
             Ok(mut events) => {
                 // Told at once when the other side goes, so that the engine hears of it.
-                while let Some(event) = tokio::select! { event = events.recv() => event, () = answers.closed() => None }
+                while let Some(event) =
+                    tokio::select! { biased; event = events.recv() => event, () = answers.closed() => None }
                 {
                     if answers.send(Answer::Event { attempt, event }).await.is_err() {
                         return;
