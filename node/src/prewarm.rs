@@ -64,9 +64,8 @@ impl Prewarmer {
             .all(wall, AHEAD)
             .filter_map(|(route, likely)| {
                 let view = snapshot.tenant(&route.tenant)?;
-                let (base, adapter, place) = target(view.contract(), route)?;
+                let (adapter, place) = target(view.contract(), route)?;
                 let bytes = view.record().adapters.values().find(|known| known.hash == adapter.hash)?.bytes;
-                debug_assert_eq!(place.base, base);
                 Some(Likely { route: route.clone(), place, adapter, bytes, likely })
             })
             .collect();
@@ -81,11 +80,10 @@ impl Prewarmer {
 }
 
 /// The adapter that a route means under its contract.
-fn target(contract: &TenantContract, route: &Route) -> Option<(BaseName, AdapterRef, Place)> {
+fn target(contract: &TenantContract, route: &Route) -> Option<(AdapterRef, Place)> {
     let target = resolve(contract, route.task.as_ref()?.as_str()).ok()?;
     let adapter = AdapterRef { tenant: route.tenant.clone(), hash: target.adapter?.hash };
-    let place = place(&target.base, contract);
-    Some((target.base, adapter, place))
+    Some((adapter, place(&target.base, contract)))
 }
 
 /// Plans until the node ends.

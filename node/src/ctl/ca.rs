@@ -90,7 +90,8 @@ pub(super) fn join(config: &ClusterConfig, args: &JoinArgs) -> anyhow::Result<()
     let others = config.nodes.iter().filter(|node| node.name != args.name);
     let others: Vec<_> = others.filter_map(|node| Some((node.name.clone(), node.peer?))).collect();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
-    let by = runtime.block_on(peer::join(&args.name, &args.token, data, &others, SystemClock.wall()))?;
+    let by = runtime.block_on(peer::join(&args.name, &args.token, data, &others, SystemClock.wall()));
+    let by = by.with_context(|| format!("join the cluster as node {}", args.name))?;
     super::print(&json!({"node": args.name, "let_in_by": by, "data": data}))
 }
 

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use quinn::crypto::rustls::{HandshakeData, QuicServerConfig};
+use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{
     Connection, Endpoint, EndpointConfig, IdleTimeout, Incoming, RecvStream, SendStream, ServerConfig, TransportConfig,
     VarInt,
@@ -32,7 +32,7 @@ use wire::client::{Answer, Ask, Decoder, HELLO_BYTES, Hello};
 use crate::endpoint::EndpointParts;
 use crate::net::PeerNet;
 use crate::serve::Gone;
-use crate::stream::code;
+use crate::stream::{code, protocol};
 
 /// A client that says nothing for this long is gone; a client that wants to know sooner asks for less.
 const IDLE: Duration = Duration::from_secs(30);
@@ -228,7 +228,7 @@ pub async fn serve<S: ClientService>(endpoint: Endpoint, node: NodeId, service: 
 async fn attend<S: ClientService>(door: Arc<Door<S>>, incoming: Incoming) {
     let connecting = async { incoming.accept()?.await };
     let Ok(Ok(connection)) = timeout(HELLO_WAIT_MAX, connecting).await else { return };
-    if speaks_http3(&connection) {
+    if protocol(&connection) == HTTP3_ALPN {
         connection.set_receive_window(VarInt::from_u32(HTTP3_WINDOW));
         connection.set_max_concurrent_bi_streams(VarInt::from_u32(STREAMS_MAX));
         connection.set_max_concurrent_uni_streams(VarInt::from_u32(HTTP3_UNI_STREAMS));
@@ -260,11 +260,6 @@ async fn attend<S: ClientService>(door: Arc<Door<S>>, incoming: Incoming) {
             sleep(ABANDONED_PAUSE).await;
         }
     }
-}
-
-fn speaks_http3(connection: &Connection) -> bool {
-    let agreed = connection.handshake_data().and_then(|data| data.downcast::<HandshakeData>().ok());
-    agreed.and_then(|agreed| agreed.protocol).is_some_and(|protocol| protocol == HTTP3_ALPN)
 }
 
 /// The first stream: the key, and whether it is good.
