@@ -2,7 +2,9 @@
 //!
 //! The engine calls [`Planner::plan`] before and [`Planner::measured`] after every step. Sequences come in order of
 //! admission; when pages run out the youngest loses its own and computes them again later, so that the oldest
-//! always gets on. Prompts share the step's prefill rows evenly, so that a long one does not hold up a short one.
+//! always gets on. Prompts are computed one after the other, the one first that has waited longest for its length:
+//! one that shares its rows with others is done as late as the last of them, and all of them then begin to answer, and
+//! end, at the same moment.
 //! Whose turn it is among tenants is the fair queue's business; here only service classes with reserved step time
 //! ([`reserve`]) come before others.
 
@@ -16,8 +18,6 @@ use crate::sequence::{Phase, Sequence};
 use cost::{CostModel, Load};
 use reserve::{ClassReserve, Ledger, StepBudget};
 
-/// Smallest chunk worth a run of its own: below it, weights are read for too few rows.
-const CHUNK_ROWS_MIN: usize = 16;
 /// Prompt rows always possible beside decoding sequences: prompts must get on. With eight, the floor and not the
 /// stretch decided beside a single stream: a step of one row grew to 2.5 times.
 const ROWS_BESIDE_MIN: usize = 4;
@@ -87,6 +87,8 @@ pub struct Planner {
     config: PlanConfig,
     ledger: Ledger,
     n_steps: u64,
+    /// Prompt rows planned so far: the clock by which prompts wait.
+    n_prompt_rows: u64,
 }
 
 impl Planner {
@@ -96,7 +98,7 @@ impl Planner {
     /// When a row limit is 0.
     pub fn new(config: PlanConfig) -> Self {
         assert!(config.rows_max > 0 && config.prefill_rows_max > 0 && config.logits_rows_max > 0, "a step has rows");
-        Self { config, ledger: Ledger::new(config.reserve), n_steps: 0 }
+        Self { config, ledger: Ledger::new(config.reserve), n_steps: 0, n_prompt_rows: 0 }
     }
 
     /// Chooses the rows of the next step and reserves their pages. `sequences` are in order of admission; `cost`
@@ -104,11 +106,15 @@ impl Planner {
     pub fn plan(&mut self, sequences: &mut [Sequence], pool: &mut BlockPool, cost: &CostModel) -> StepPlan {
         self.n_steps += 1;
         let n_preempted = readmit(sequences, pool);
+        for sequence in sequences.iter_mut().filter(|sequence| sequence.phase() == Phase::Prefill) {
+            sequence.waits_since.get_or_insert(self.n_prompt_rows);
+        }
         let runnable =
             Tier::ALL.map(|tier| sequences.iter().any(|sequence| sequence.tier == tier && is_ready(sequence)));
         let budget = self.ledger.open(runnable, cost.cost());
+        let (step, n_prompt_rows) = (self.n_steps, self.n_prompt_rows);
         let mut draft =
-            Draft { sequences, pool, step: self.n_steps, budget, config: self.config, runs: Vec::new(), n_preempted };
+            Draft { sequences, pool, step, n_prompt_rows, budget, config: self.config, runs: Vec::new(), n_preempted };
         draft.fill();
         if draft.runs.is_empty() && runnable.contains(&true) {
             // A reserve must not stop the engine when its own class cannot run.
@@ -116,6 +122,8 @@ impl Planner {
             draft.fill();
         }
         let Draft { mut runs, n_preempted, sequences, .. } = draft;
+        let prompts = runs.iter().filter(|run| sequences[run.at].phase() == Phase::Prefill);
+        self.n_prompt_rows += prompts.map(|run| run.n_rows as u64).sum::<u64>();
         runs.sort_by_key(|run| (sequences[run.at].adapter, run.at));
         StepPlan { runs, n_preempted }
     }
@@ -169,6 +177,7 @@ struct Draft<'a> {
     sequences: &'a mut [Sequence],
     pool: &'a mut BlockPool,
     step: u64,
+    n_prompt_rows: u64,
     budget: StepBudget,
     config: PlanConfig,
     runs: Vec<Planned>,
@@ -189,16 +198,23 @@ impl Draft<'_> {
         self.runs.iter().map(|run| run.n_rows).sum()
     }
 
-    /// Sequences of a class that match, least recently served first, then oldest.
+    /// Sequences of a class in this phase that can run, oldest first.
     fn members(&self, tier: Tier, phase: Phase) -> Vec<usize> {
         let wanted = |sequence: &Sequence| sequence.tier == tier && sequence.phase() == phase && is_ready(sequence);
-        let mut members: Vec<usize> = (0..self.sequences.len()).filter(|&at| wanted(&self.sequences[at])).collect();
-        members.sort_by_key(|&at| (self.sequences[at].last_step, at));
-        members
+        (0..self.sequences.len()).filter(|&at| wanted(&self.sequences[at])).collect()
+    }
+
+    /// How long a prompt has waited for its length, in rows of prompts per row it still needs (highest response ratio
+    /// next): a short one passes a long one soon, and no one is passed for ever.
+    fn response_ratio(&self, at: usize) -> f64 {
+        let sequence = &self.sequences[at];
+        let waited = self.n_prompt_rows - sequence.waits_since.unwrap_or(self.n_prompt_rows);
+        waited as f64 / sequence.n_pending().max(1) as f64
     }
 
     fn add_decodes(&mut self, tier: Tier) {
         let mut members = self.members(tier, Phase::Decode);
+        members.sort_by_key(|&at| self.sequences[at].last_step);
         let n_allowed = self.budget.decode_rows(tier).min(self.config.rows_max - self.n_rows());
         members.truncate(n_allowed);
         // Oldest first: who is planned cannot be preempted in this step.
@@ -209,7 +225,11 @@ impl Draft<'_> {
     }
 
     fn add_prefills(&mut self, tier: Tier) {
-        let members = self.members(tier, Phase::Prefill);
+        let mut members = self.members(tier, Phase::Prefill);
+        members.sort_by(|&a, &b| {
+            let pending = |at: usize| self.sequences[at].n_pending();
+            self.response_ratio(b).total_cmp(&self.response_ratio(a)).then(pending(a).cmp(&pending(b)))
+        });
         let prefills = self.runs.iter().filter(|run| self.sequences[run.at].phase() == Phase::Prefill);
         let (n_prefills, n_planned) = prefills.fold((0, 0), |(n, rows), run| (n + 1, rows + run.n_rows));
         let n_decode = self.runs.len() - n_prefills;
@@ -221,24 +241,11 @@ impl Draft<'_> {
         let mut n_left = (self.config.prefill_rows_max.min(n_beside).saturating_sub(n_planned))
             .min(self.config.rows_max - self.n_rows())
             .min(self.budget.prefill_rows(tier));
-        let want = |&at: &usize| {
+        for at in members {
             let sequence = &self.sequences[at];
             let n_max = if sequence.all_logits { self.config.logits_rows_max } else { usize::MAX };
-            sequence.n_pending().min(n_max)
-        };
-        let wants: Vec<usize> = members.iter().map(want).collect();
-        let shares = share_out(&wants, n_left);
-        let mut without: Vec<(usize, usize)> = Vec::new();
-        for ((at, want), share) in members.into_iter().zip(wants).zip(shares) {
-            match self.add(at, share) {
-                0 => without.push((at, want)),
-                n_rows => n_left -= n_rows,
-            }
-        }
-        // Whoever found no pages leaves its rows to the others, oldest first: the oldest always finds some.
-        without.sort_unstable();
-        for (at, want) in without {
-            n_left -= self.add(at, want.min(n_left));
+            // Who finds no pages leaves its rows to the others; the oldest always finds some.
+            n_left -= self.add(at, sequence.n_pending().min(n_max).min(n_left));
         }
     }
 
@@ -271,21 +278,6 @@ impl Draft<'_> {
         let candidates = || (0..self.sequences.len()).rev().filter(free_to_go);
         candidates().find(|&other| self.sequences[other].parked).or_else(|| candidates().find(|&other| other > at))
     }
-}
-
-/// Shares `n_rows` among wants: first an equal share each (at least a useful chunk), in order while rows last, then
-/// what is left in the same order.
-fn share_out(wants: &[usize], mut n_rows: usize) -> Vec<usize> {
-    let equal = n_rows.checked_div(wants.len()).unwrap_or(0).max(CHUNK_ROWS_MIN);
-    let mut shares = vec![0; wants.len()];
-    for limit in [equal, usize::MAX] {
-        for (share, &want) in shares.iter_mut().zip(wants) {
-            let more = (want - *share).min(limit).min(n_rows);
-            *share += more;
-            n_rows -= more;
-        }
-    }
-    shares
 }
 
 #[cfg(test)]

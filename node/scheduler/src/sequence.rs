@@ -75,6 +75,8 @@ pub struct Sequence {
     pub all_logits: bool,
     /// Number of the last step it had rows in.
     pub last_step: u64,
+    /// Prompt rows the planner had planned when this sequence first stood there with a prompt.
+    pub waits_since: Option<u64>,
     secret: [u8; 32],
     page_tokens: usize,
     tokens: Vec<u32>,
@@ -105,6 +107,7 @@ impl Sequence {
             held: init.held,
             all_logits: init.all_logits,
             last_step: 0,
+            waits_since: None,
             secret: init.cache_secret,
             page_tokens: init.page_tokens,
             prompt_len: init.prompt.len(),

@@ -53,21 +53,54 @@ fn rows(plan: &StepPlan) -> Vec<(usize, usize)> {
     plan.runs.iter().map(|run| (run.at, run.n_rows)).collect()
 }
 
-#[test]
-fn decode_rows_come_first_and_prompts_share_the_rest() {
-    let mut pool = pool(100);
+/// A planner that is given prompts of these lengths; each turn of the result is one step's rows.
+fn turns(prompts: &[usize], n_steps: usize) -> Vec<Vec<(usize, usize)>> {
+    let mut pool = pool(1000);
     let mut planner = Planner::new(config(ClassReserve::NONE));
-    let mut sequences: Vec<Sequence> = [3, 100, 20]
-        .into_iter()
-        .zip(1..)
-        .map(|(n, request)| sequence(request, Tier::Shared, n, None, &mut pool))
+    let mut sequences: Vec<Sequence> =
+        prompts.iter().zip(1..).map(|(&n, request)| sequence(request, Tier::Shared, n, None, &mut pool)).collect();
+    let mut step = || {
+        let plan = planner.plan(&mut sequences, &mut pool, &CostModel::default());
+        run(&plan, &mut sequences, &mut pool);
+        rows(&plan)
+    };
+    (0..n_steps).map(|_| step()).collect()
+}
+
+#[test]
+fn decode_rows_come_first_and_prompts_have_the_rest() {
+    assert_eq!(turns(&[3, 100, 20], 2), [vec![(0, 3), (1, 9), (2, 20)], vec![(0, 1), (1, 32), (2, 1)]]);
+}
+
+#[test]
+fn equal_prompts_are_done_one_after_the_other() {
+    let done_at: Vec<usize> = (0..4)
+        .map(|at| turns(&[32; 4], 8).iter().position(|rows| rows.contains(&(at, 1))).expect("all get on"))
         .collect();
-    let cost = CostModel::default();
-    let first = planner.plan(&mut sequences, &mut pool, &cost);
-    assert_eq!(rows(&first), [(0, 3), (1, 16), (2, 13)]);
-    run(&first, &mut sequences, &mut pool);
-    let second = planner.plan(&mut sequences, &mut pool, &cost);
-    assert_eq!(rows(&second), [(0, 1), (1, 25), (2, 7)], "what the short prompt does not need goes to the long one");
+    assert_eq!(done_at, [1, 2, 3, 4], "the first decodes while the others wait");
+}
+
+#[test]
+fn a_short_prompt_passes_a_long_one_that_is_passed_no_longer_than_its_length_explains() {
+    let mut pool = pool(10_000);
+    let mut planner = Planner::new(config(ClassReserve::NONE));
+    let mut sequences = vec![sequence(1, Tier::Shared, 400, None, &mut pool)];
+    let mut n_answered = 0;
+    let mut n_steps = 0;
+    while sequences[0].phase() == Phase::Prefill {
+        if sequences.len() < 2 {
+            sequences.push(sequence(2 + n_steps, Tier::Shared, 30, None, &mut pool));
+        }
+        let plan = planner.plan(&mut sequences, &mut pool, &CostModel::default());
+        run(&plan, &mut sequences, &mut pool);
+        if sequences[1].phase() == Phase::Decode {
+            n_answered += 1;
+            sequences.remove(1).finish(&mut pool);
+        }
+        n_steps += 1;
+        assert!(n_steps < 100, "the long prompt never gets on");
+    }
+    assert!(n_answered >= 5, "{n_answered} short prompts were done in {n_steps} steps");
 }
 
 #[test]
@@ -158,15 +191,6 @@ fn prompts_with_logits_are_computed_in_smaller_chunks() {
     assert_eq!(rows(&planner.plan(&mut sequences, &mut pool, &CostModel::default())), [(0, 8)]);
 }
 
-#[test]
-fn rows_are_shared_evenly_and_completely() {
-    assert_eq!(share_out(&[100, 100], 64), [32, 32]);
-    assert_eq!(share_out(&[5, 100, 100], 64), [5, 38, 21]);
-    assert_eq!(share_out(&[100, 100, 100], 32), [16, 16, 0], "the third is first in the next step");
-    assert_eq!(share_out(&[3, 2], 64), [3, 2]);
-    assert!(share_out(&[], 64).is_empty());
-}
-
 /// Runs `n_steps` steps of decoding sequences with a true cost of 2 ms a step and 1 ms a row; returns the time of
 /// each class: marginal rows for the others, the rest for `owner`, as far as it has rows.
 fn class_times(tiers: &[Tier], reserve: ClassReserve, owner: Tier, n_steps: usize) -> (f64, f64) {
@@ -221,20 +245,20 @@ fn two_reserves_hold_at_once_and_nothing_stalls() {
 
 #[test]
 fn an_idle_reserve_bounds_the_steps_of_others_and_starves_nobody() {
-    let mut pool = pool(1000);
+    let mut pool = pool(10_000);
     let mut planner = Planner::new(config(reserve([0.0, 0.9, 0.0])));
     let cost = CostModel::default();
     let mut sequences: Vec<Sequence> =
         (1..41).map(|request| sequence(request, Tier::Shared, 30, None, &mut pool)).collect();
-    for _ in 0..200 {
+    for _ in 0..300 {
         let plan = planner.plan(&mut sequences, &mut pool, &cost);
         assert!(plan.n_rows() <= 20, "20 ms at 1 ms a row");
         run(&plan, &mut sequences, &mut pool);
     }
-    // 200 steps of 20 rows, 1200 of them prompts; once all decode, three quarters of a step's time are used.
+    // 300 steps of 20 rows, 1200 of them prompts; once all decode, three quarters of a step's time are used.
     let emitted: Vec<usize> = sequences.iter().map(Sequence::n_emitted).collect();
     assert!(emitted.iter().all(|&n| n > 30), "{emitted:?}");
-    assert!(emitted.iter().sum::<usize>() > 2000, "{emitted:?}");
+    assert!(emitted.iter().sum::<usize>() > 3000, "{emitted:?}");
 }
 
 #[test]
