@@ -1,17 +1,22 @@
 //! What a hop between nodes costs, with the real model: the first token and the speed through the node that serves a
-//! tenant and through another one, over HTTP and over the client library. Prints figures; decides nothing.
+//! tenant and through another one, over HTTP/1.1, the client library and HTTP/3. Prints figures; decides nothing.
 //!
-//! `cargo run --release -p tests --example forwarding -- [requests]`, with `TENANTRY_BIN` naming the program. The four
-//! ways are taken in turn, so that what disturbs the machine disturbs all. Quiet machine, please.
+//! `cargo run --release -p tests --example forwarding -- [requests]`, with `TENANTRY_BIN` naming the program. The ways
+//! are taken in turn, so that what disturbs the machine disturbs all. Over QUIC all streams share one connection,
+//! over HTTP/1.1 each has its own. Quiet machine, please.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use client::{Client, Endpoint, Event};
 use serde_json::{Value, json};
 use shared::clock::{Clock, SystemClock};
 use tests::cluster::{Cluster, Streamed, Streaming};
+use tests::http3::Http3;
 use tests::operator::{self, GENEROUS};
 use tests::process::{NodeSpec, scratch};
+use tokio::task::JoinSet;
 
 /// Streams at once where the speed is measured.
 const STREAMS: usize = 16;
@@ -19,19 +24,29 @@ const N_TOKENS: u32 = 64;
 /// First requests that are not counted.
 const WARM_UP: usize = 5;
 
+/// By what a client speaks to a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Door {
+    Http1,
+    Library,
+    Http3,
+}
+
 /// A way into the cluster.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Way {
     name: &'static str,
-    by_library: bool,
+    door: Door,
     to_owner: bool,
 }
 
-const WAYS: [Way; 4] = [
-    Way { name: "HTTP, owner", by_library: false, to_owner: true },
-    Way { name: "HTTP, other", by_library: false, to_owner: false },
-    Way { name: "QUIC, owner", by_library: true, to_owner: true },
-    Way { name: "QUIC, other", by_library: true, to_owner: false },
+const WAYS: [Way; 6] = [
+    Way { name: "HTTP/1.1, owner", door: Door::Http1, to_owner: true },
+    Way { name: "HTTP/1.1, other", door: Door::Http1, to_owner: false },
+    Way { name: "library, owner", door: Door::Library, to_owner: true },
+    Way { name: "library, other", door: Door::Library, to_owner: false },
+    Way { name: "HTTP/3, owner", door: Door::Http3, to_owner: true },
+    Way { name: "HTTP/3, other", door: Door::Http3, to_owner: false },
 ];
 
 fn main() {
@@ -47,11 +62,14 @@ fn main() {
     let serves = seen["tenants"][0]["serves"].as_str().expect("somebody serves it").to_owned();
     let owner = cluster.nodes.iter().position(|node| node.name() == serves).expect("one of ours");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    let clients = {
+    let (mut clients, mut connections) = (Vec::new(), Vec::new());
+    for node in 0..cluster.nodes.len() {
         let _entered = runtime.enter();
-        (0..3).map(|node| Client::new(cluster.library(node, &key)).expect("a client")).collect()
-    };
-    let bench = Bench { cluster, key, owner, runtime, clients };
+        let config = cluster.library(node, &key);
+        connections.push(runtime.block_on(Http3::connect(&config)));
+        clients.push(Client::new(config).expect("a client"));
+    }
+    let bench = Bench { cluster, key, owner, runtime, clients, connections };
 
     let mut first = WAYS.map(|_| Vec::new());
     for n in 0..n_requests + WARM_UP {
@@ -80,7 +98,7 @@ fn main() {
     let base = percentile(&mut speeds[0].clone(), 0.5);
     for (way, speeds) in WAYS.iter().zip(&mut speeds) {
         let median = percentile(speeds, 0.5);
-        println!("  {}: {median:.0} tokens a second, {:.3} of HTTP at the owner", way.name, median / base);
+        println!("  {}: {median:.0} tokens a second, {:.3} of HTTP/1.1 at the owner", way.name, median / base);
     }
 }
 
@@ -91,6 +109,7 @@ struct Bench {
     runtime: tokio::runtime::Runtime,
     /// One connection to each node.
     clients: Vec<Client>,
+    connections: Vec<Http3>,
 }
 
 impl Bench {
@@ -100,7 +119,7 @@ impl Bench {
 
     /// No two prompts are alike, or the prefix cache would answer.
     fn body(way: Way, n: usize, max_tokens: u32) -> Value {
-        let salt = n * 97 + usize::from(way.by_library) * 31 + usize::from(way.to_owner) * 17;
+        let salt = n * 97 + way.door as usize * 31 + usize::from(way.to_owner) * 17;
         let prompt: Vec<u32> = (0..96).map(|at| 1000 + ((salt * 13 + at * 7) % 40_000) as u32).collect();
         json!({
             "model": "smollm2", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true,
@@ -111,49 +130,67 @@ impl Bench {
     /// From asking to the first token, on a connection that is open.
     fn first_token(&self, way: Way, n: usize) -> Duration {
         let (node, body) = (self.node(way), Self::body(way, n, 4));
-        let has_token = |event: &Value| event["choices"][0]["token_ids"].as_array().is_some_and(|ids| !ids.is_empty());
         let (started, mut first) = (SystemClock.now(), None);
         let mut see = |event: &Value| {
-            if first.is_none() && has_token(event) {
+            if first.is_none() && n_tokens(event) > 0 {
                 first = Some(SystemClock.now() - started);
             }
         };
-        if way.by_library {
-            self.runtime.block_on(async {
-                let mut stream = self.clients[node].ask(Endpoint::Completions, body.to_string().into_bytes());
-                while let Some(event) = stream.next().await.expect("the node answers") {
-                    if let Event::Piece(piece) = event {
-                        see(&serde_json::from_slice(&piece.json).expect("an event is JSON"));
-                    }
-                }
-            });
-        } else {
-            self.cluster.nodes[node].stream("/v1/completions", &self.key, &body, |event| {
+        match way.door {
+            Door::Http1 => drop(self.cluster.nodes[node].stream("/v1/completions", &self.key, &body, |event| {
                 see(event);
                 true
-            });
+            })),
+            Door::Library => self.runtime.block_on(by_library(self.clients[node].clone(), body, see)),
+            Door::Http3 => self.runtime.block_on(self.connections[node].stream("/v1/completions", &body, see)),
         }
         first.expect("a token came")
     }
 
-    fn start(&self, way: Way, n: usize, max_tokens: u32) -> Streaming {
-        let (node, body) = (self.node(way), Self::body(way, n, max_tokens));
-        if way.by_library {
-            Streaming::by_library(self.cluster.library(node, &self.key), &body)
-        } else {
-            Streaming::start(&self.cluster.nodes[node], &self.key, &body)
-        }
-    }
-
     /// Tokens a second of many streams at once.
     fn speed(&self, way: Way, round: usize) -> f64 {
+        let node = self.node(way);
+        let bodies = (0..STREAMS).map(|n| Self::body(way, 10_000 + round * STREAMS + n, N_TOKENS));
         let started = SystemClock.now();
-        let streams: Vec<Streaming> =
-            (0..STREAMS).map(|n| self.start(way, 10_000 + round * STREAMS + n, N_TOKENS)).collect();
-        let streamed: Vec<Streamed> = streams.into_iter().map(Streaming::join).collect();
-        let n_tokens: usize = streamed.iter().map(|one| one.ids.len()).sum();
-        assert_eq!(n_tokens, STREAMS * N_TOKENS as usize, "{}", self.cluster.logs());
-        n_tokens as f64 / (SystemClock.now() - started).as_secs_f64()
+        let n_seen = if way.door == Door::Http1 {
+            let start = |body| Streaming::start(&self.cluster.nodes[node], &self.key, &body);
+            let streams: Vec<Streaming> = bodies.map(start).collect();
+            let streamed: Vec<Streamed> = streams.into_iter().map(Streaming::join).collect();
+            streamed.iter().map(|one| one.ids.len()).sum()
+        } else {
+            self.runtime.block_on(async {
+                let seen = Arc::new(AtomicUsize::new(0));
+                let mut tasks = JoinSet::new();
+                for body in bodies {
+                    let (client, http3) = (self.clients[node].clone(), self.connections[node].clone());
+                    let counter = Arc::clone(&seen);
+                    let count = move |event: &Value| _ = counter.fetch_add(n_tokens(event), Ordering::Relaxed);
+                    tasks.spawn(async move {
+                        match way.door {
+                            Door::Library => by_library(client, body, count).await,
+                            _ => http3.stream("/v1/completions", &body, count).await,
+                        }
+                    });
+                }
+                tasks.join_all().await;
+                seen.load(Ordering::Relaxed)
+            })
+        };
+        assert_eq!(n_seen, STREAMS * N_TOKENS as usize, "{}", self.cluster.logs());
+        n_seen as f64 / (SystemClock.now() - started).as_secs_f64()
+    }
+}
+
+fn n_tokens(event: &Value) -> usize {
+    event["choices"][0]["token_ids"].as_array().map_or(0, Vec::len)
+}
+
+async fn by_library(client: Client, body: Value, mut on_event: impl FnMut(&Value)) {
+    let mut stream = client.ask(Endpoint::Completions, body.to_string().into_bytes());
+    while let Some(event) = stream.next().await.expect("the node answers") {
+        if let Event::Piece(piece) = event {
+            on_event(&serde_json::from_slice(&piece.json).expect("an event is JSON"));
+        }
     }
 }
 

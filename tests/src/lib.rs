@@ -7,6 +7,7 @@
 use std::path::PathBuf;
 
 pub mod cluster;
+pub mod http3;
 pub mod network;
 pub mod operator;
 pub mod process;
