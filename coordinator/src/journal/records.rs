@@ -2,7 +2,8 @@
 //! asked by its peer door, and by itself when a client comes back to the very node that keeps its record.
 //!
 //! A record belongs to one entry node at a time. Taking it gives it a higher attempt and no owner: what the former
-//! entry node still sends is refused, and the next that opens it under that attempt owns it.
+//! entry node still sends is refused, and the next that opens it under that attempt owns it. So does one that opens it
+//! under a higher attempt than its owner's: it took the request over from another keeper.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -71,7 +72,8 @@ impl Records {
     pub fn open(&mut self, now: Instant, from: &NodeId, record: JournalRecord) -> Result<(), RequestError> {
         if let Some(entry) = self.entries.get(&record.envelope.id) {
             let others = entry.owner.as_ref().is_some_and(|owner| owner != from);
-            if others || record.attempt < entry.record.attempt {
+            let known = entry.record.attempt;
+            if record.attempt < known || others && record.attempt == known {
                 return Err(taken());
             }
         }

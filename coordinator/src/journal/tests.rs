@@ -213,6 +213,18 @@ mod keeping {
 
     use shared::error::RequestError;
 
+    /// The keeper did not answer when the second node looked for the record and found an older copy elsewhere.
+    #[test]
+    fn who_took_the_request_over_from_another_keeper_owns_the_record_here() {
+        let (start, mut records) = (now(), Records::default());
+        records.open(start, &node(0), record(start, 2, 8)).expect("new");
+        let code = |outcome: Result<(), RequestError>| outcome.map_err(|error| error.code);
+        assert_eq!(code(records.open(start, &node(2), record(start, 2, 9))), Err(TAKEN), "no later than the owner");
+        records.open(start, &node(2), record(start, 17, 4)).expect("it goes on with the request");
+        assert_eq!(code(records.put(start, &node(0), &delta(3, 8..9))), Err(TAKEN));
+        records.put(start, &node(2), &delta(18, 4..5)).expect("its own");
+    }
+
     #[test]
     fn gaps_are_refused() {
         let (start, mut records) = (now(), Records::default());
