@@ -12,6 +12,7 @@
 //! node, [`idempotency`] gives a request that is sent twice the same id, [`ranges`] bills what was delivered once. Driven by [`crate::forward`] and the node's
 //! peer door; nothing here knows who may have a record: whoever takes one compares its tenant with the client's.
 
+use shared::cluster::NodePhase;
 use shared::id::{NodeId, RequestId};
 
 use crate::membership::detector::Health;
@@ -26,12 +27,17 @@ pub mod ranges;
 /// came can put it one place back.
 const ASKED_MAX: usize = 8;
 
-/// Where an entry node keeps a request's record: the first other node that takes requests. A change of nodes changes
-/// the answer for some requests; a keeper that still serves is kept all the same.
+/// Where an entry node keeps a request's record: the first other node that takes requests, or else the first that is
+/// heard again. A node that was cut off trusts nobody for seconds afterwards, minutes if it happened often; meanwhile a
+/// keeper that may vanish is better than none. A change of nodes changes the answer for some requests; a keeper that
+/// still serves is kept all the same.
 pub fn keeper(table: &RoutingTable, id: RequestId) -> Option<NodeId> {
-    let members = table.members();
-    let usable = |node: &&NodeId| *node != table.me() && members[*node].takes_requests();
-    members.keys().filter(usable).max_by_key(|node| score(node, id)).cloned()
+    let others = table.members().iter().filter(|(node, member)| {
+        *node != table.me()
+            && member.phase == NodePhase::Serving
+            && matches!(member.health, Health::Alive | Health::Returning)
+    });
+    others.max_by_key(|(node, member)| (member.takes_requests(), score(node, id))).map(|(node, _)| node.clone())
 }
 
 /// Which nodes may have a request's record, the likeliest first; this one may be among them. All are asked at once and

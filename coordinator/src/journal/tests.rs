@@ -33,11 +33,16 @@ fn tenant() -> TenantId {
 
 /// Nodes n0 …, seen by `me`; those in `dead` are.
 fn table(n: usize, me: usize, dead: &[usize]) -> RoutingTable {
+    table_of(n, me, |i| (if dead.contains(&i) { Health::Dead } else { Health::Alive }, 1))
+}
+
+/// Nodes n0 …, seen by `me`, with the health and the life that `seen` says.
+fn table_of(n: usize, me: usize, seen: impl Fn(usize) -> (Health, u64)) -> RoutingTable {
     let member = |i: usize| Member {
         spec: Arc::new(spec_of_node(&node(i), 1)),
-        health: if dead.contains(&i) { Health::Dead } else { Health::Alive },
+        health: seen(i).0,
         phase: NodePhase::Serving,
-        incarnation: 1,
+        incarnation: seen(i).1,
         share: SHARE_PARTS,
         load: NodeLoad { running: 0, places: 8, waiting: 0 },
     };
@@ -121,10 +126,51 @@ mod choosing {
         trail.on_table(&table(5, 0, &[index]));
         assert_ne!(trail.keeper(), Some(&first));
     }
+
+    /// A node that was cut off twice within minutes trusts no other for seconds; its requests were kept nowhere, and
+    /// when it died then, nobody remembered them (simulator, one trouble at a time, seed 778).
+    #[test]
+    fn a_node_that_trusts_nobody_yet_keeps_records_at_those_it_hears_again() {
+        let usual = keeper(&table(5, 0, &[]), ID);
+        let returning = |i| (if i == 0 { Health::Alive } else { Health::Returning }, 1);
+        assert_eq!(keeper(&table_of(5, 0, returning), ID), usual);
+        let one_alive = |i| (if i == 3 { Health::Alive } else { Health::Returning }, 1);
+        assert_eq!(keeper(&table_of(5, 0, one_alive), ID), Some(node(3)));
+        let silent = |i| (if i == 0 { Health::Alive } else { Health::Suspect }, 1);
+        assert_eq!(keeper(&table_of(5, 0, silent), ID), None);
+    }
 }
 
 mod writing {
     use super::*;
+
+    #[test]
+    fn a_keeper_in_another_life_gets_the_whole_record() {
+        let start = now();
+        let (mut trail, first) = opened(start);
+        let lives = |life| move |i| (if i == 0 { Health::Alive } else { Health::Returning }, life);
+        trail.on_table(&table_of(3, 0, lives(1)));
+        assert_eq!(trail.next(start, &emitted(0, false), 1), None);
+        trail.on_table(&table_of(3, 0, lives(2)));
+        assert_eq!(trail.next(start, &emitted(0, false), 1), Some((first, Put::Open)));
+    }
+
+    #[test]
+    fn a_keeper_that_died_is_not_waited_for() {
+        let start = now();
+        let (mut trail, first) = opened(start);
+        let (_, put) = trail.next(start, &emitted(8, false), 1).expect("eight tokens");
+        assert_eq!(put, Put::Add(vec![delta(1, 0..8)]));
+        let dead = first.as_str()[1..].parse().expect("a number");
+        trail.on_table(&table(3, 0, &[dead]));
+        let (second, put) = trail.next(start, &emitted(8, false), 1).expect("it is sent to another one at once");
+        assert_eq!(put, Put::Open);
+        assert_ne!(second, first);
+        trail.on_kept(start, &first, Kept::Unknown);
+        assert_eq!(trail.next(start, &emitted(16, false), 1), None, "the former one's silence is not the new one's");
+        trail.on_kept(start, &second, Kept::Yes);
+        assert!(trail.is_complete(&emitted(8, false)));
+    }
 
     fn opened(start: Instant) -> (Trail, NodeId) {
         let mut trail = Trail::new(ID);

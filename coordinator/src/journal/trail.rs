@@ -57,6 +57,8 @@ struct Mark {
 pub struct Trail {
     id: RequestId,
     keeper: Option<NodeId>,
+    /// Which life of the keeper's process: another one has no record.
+    life: u64,
     open: bool,
     taken: bool,
     kept: Vec<Mark>,
@@ -74,6 +76,7 @@ impl Trail {
         Self {
             id,
             keeper: None,
+            life: 0,
             open: false,
             taken: false,
             kept: Vec::new(),
@@ -98,15 +101,16 @@ impl Trail {
         self.taken
     }
 
-    /// Looks for a keeper when there is none or it serves no more.
+    /// Looks for a keeper when there is none or it serves no more. A message under way to the former one is waited for no
+    /// longer: nobody may be there to answer it.
     pub fn on_table(&mut self, table: &RoutingTable) {
+        let life = |node: &NodeId| table.members().get(node).map_or(0, |member| member.incarnation);
         let serves = |node: &NodeId| table.members().get(node).is_some_and(|member| member.takes_requests());
-        if self.keeper.as_ref().is_some_and(serves) {
-            return;
-        }
-        let next = keeper(table, self.id);
-        if next != self.keeper {
-            (self.keeper, self.open, self.not_before) = (next, false, None);
+        let next = self.keeper.clone().filter(serves).or_else(|| keeper(table, self.id));
+        let next_life = next.as_ref().map_or(0, life);
+        if (&next, next_life) != (&self.keeper, self.life) {
+            (self.keeper, self.life, self.open) = (next, next_life, false);
+            (self.sending, self.not_before) = (None, None);
         }
     }
 
@@ -152,10 +156,10 @@ impl Trail {
 
     /// How the last message fared. `from` is whom it was sent to: a keeper that was left meanwhile counts no more.
     pub fn on_kept(&mut self, now: Instant, from: &NodeId, kept: Kept) {
-        let Some(sent) = self.sending.take() else { return };
         if self.keeper.as_ref() != Some(from) {
             return;
         }
+        let Some(sent) = self.sending.take() else { return };
         match kept {
             Kept::Yes => (self.open, self.kept) = (true, sent),
             Kept::Gap => self.open = false,
