@@ -27,52 +27,57 @@ pub struct Common {
     #[schema(max_length = 256)]
     pub model: String,
     /// Send the answer piece by piece as server-sent events.
+    #[schema(required = false)]
     pub stream: bool,
     /// Options of a stream.
+    #[schema(required = false)]
     pub stream_options: StreamOptions,
     /// Independent answers per prompt.
-    #[schema(minimum = 1, maximum = 8)]
+    #[schema(minimum = 1, maximum = 8, required = false)]
     pub n: u32,
     /// No end of answer before this many tokens (vLLM).
-    #[schema(minimum = 0, maximum = 1048576)]
+    #[schema(minimum = 0, maximum = 1048576, required = false)]
     pub min_tokens: u32,
     /// Go on after the end-of-answer token (vLLM).
+    #[schema(required = false)]
     pub ignore_eos: bool,
     /// Texts that end the answer and are not part of it: a string or up to 16 strings of up to 256 bytes.
-    #[schema(value_type = Value)]
+    #[schema(value_type = Value, required = false)]
     pub stop: Vec<String>,
     /// Token ids that end the answer (vLLM).
+    #[schema(required = false)]
     pub stop_token_ids: Vec<u32>,
     /// 0 always takes the most likely token.
-    #[schema(minimum = 0, maximum = 2)]
+    #[schema(minimum = 0, maximum = 2, required = false)]
     pub temperature: f32,
     /// Nucleus mass; 0 keeps only the most likely token.
-    #[schema(minimum = 0, maximum = 1)]
+    #[schema(minimum = 0, maximum = 1, required = false)]
     pub top_p: f32,
     /// Keep the k most likely; 0 and -1 are off (vLLM).
-    #[schema(minimum = -1, maximum = 1000000)]
+    #[schema(minimum = -1, maximum = 1000000, required = false)]
     pub top_k: i64,
     /// Drop tokens less likely than this share of the best (vLLM).
-    #[schema(minimum = 0, maximum = 1)]
+    #[schema(minimum = 0, maximum = 1, required = false)]
     pub min_p: f32,
     /// Above 1 discourages tokens already seen; 1 is off (vLLM).
-    #[schema(minimum = 0.01, maximum = 10)]
+    #[schema(minimum = 0.01, maximum = 10, required = false)]
     pub repetition_penalty: f32,
     /// Subtracted once from tokens already in the answer.
-    #[schema(minimum = -2, maximum = 2)]
+    #[schema(minimum = -2, maximum = 2, required = false)]
     pub presence_penalty: f32,
     /// Subtracted per occurrence in the answer.
-    #[schema(minimum = -2, maximum = 2)]
+    #[schema(minimum = -2, maximum = 2, required = false)]
     pub frequency_penalty: f32,
     /// Token id → bias from -100 to 100; at most 1024 entries.
-    #[schema(value_type = Object)]
+    #[schema(value_type = Object, required = false)]
     pub logit_bias: Vec<(u32, f32)>,
     /// The same seed gives the same answer again.
     pub seed: Option<i64>,
     /// `{"type": "text" | "json_object" | "json_schema"}`.
-    #[schema(value_type = Object)]
+    #[schema(value_type = Object, required = false)]
     pub response_format: Option<Format>,
     /// Report the token ids of prompt and answer (vLLM).
+    #[schema(required = false)]
     pub return_token_ids: bool,
     /// Report this many alternatives per prompt token (vLLM); not in streams.
     #[schema(minimum = 0, maximum = 20)]
@@ -83,8 +88,10 @@ pub struct Common {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, ToSchema)]
 pub struct StreamOptions {
     /// Send one more chunk with the usage of the whole request before the end.
+    #[schema(required = false)]
     pub include_usage: bool,
     /// Send the usage so far with every chunk (vLLM).
+    #[schema(required = false)]
     pub continuous_usage_stats: bool,
 }
 
@@ -255,6 +262,15 @@ const UNSUPPORTED: &[Unsupported] = &[
     ("xtc_probability", &["0", "0.0"]),
     ("dry_multiplier", &["0", "0.0"]),
     ("n_predict", &[]),
+    ("max_new_tokens", &[]),
+    ("min_new_tokens", &["0"]),
+    ("no_repeat_ngram_size", &["0"]),
+    ("stop_regex", &["[]", "\"\""]),
+    ("top_n_sigma", &["-1", "-1.0"]),
+    ("top_a", &["0", "0.0"]),
+    ("epsilon_cutoff", &["0", "0.0"]),
+    ("eta_cutoff", &["0", "0.0"]),
+    ("random_seed", &[]),
 ];
 
 /// Refuses the listed fields unless they have a neutral value.

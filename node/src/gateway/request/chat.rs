@@ -30,6 +30,7 @@ pub struct ChatRequest {
     #[schema(minimum = 1, maximum = 1048576)]
     pub max_tokens: Option<u32>,
     /// Report log-probabilities.
+    #[schema(required = false)]
     pub logprobs: bool,
     /// Alternatives per position; needs `logprobs`.
     #[schema(minimum = 0, maximum = 20)]
@@ -38,9 +39,10 @@ pub struct ChatRequest {
     #[schema(value_type = Option<Vec<Object>>)]
     pub tools: Option<Tools>,
     /// Open the assistant's turn after the conversation (vLLM).
+    #[schema(required = false)]
     pub add_generation_prompt: bool,
     /// Further variables of the chat template (vLLM).
-    #[schema(value_type = Object)]
+    #[schema(value_type = Object, required = false)]
     pub chat_template_kwargs: Map<String, Value>,
 }
 
@@ -62,6 +64,7 @@ const CHAT_UNSUPPORTED: &[Unsupported] = &[
     ("documents", &["[]"]),
     ("mm_processor_kwargs", &[]),
     ("include_reasoning", &["true"]),
+    ("best_of", &["1"]),
 ];
 
 /// Template variables that the server sets itself.

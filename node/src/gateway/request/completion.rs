@@ -21,17 +21,19 @@ pub struct CompletionRequest {
     #[schema(value_type = Value)]
     pub prompt: Vec<Prompt>,
     /// Longest answer.
-    #[schema(minimum = 1, maximum = 1048576)]
+    #[schema(minimum = 1, maximum = 1048576, required = false)]
     pub max_tokens: u32,
     /// Report log-probabilities with this many alternatives.
     #[schema(minimum = 0, maximum = 20)]
     pub logprobs: Option<u32>,
     /// Put the prompt in front of the answer.
+    #[schema(required = false)]
     pub echo: bool,
     /// Only `n` is possible.
     #[schema(minimum = 1, maximum = 8)]
     pub best_of: Option<u32>,
     /// Put the model's beginning-of-text token in front of a text prompt if the model wants one (vLLM).
+    #[schema(required = false)]
     pub add_special_tokens: bool,
 }
 

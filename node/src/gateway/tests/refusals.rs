@@ -1,5 +1,6 @@
 //! What is refused, how it is said, and that nothing reaches the backend: keys, routes, sizes, JSON, ranges.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -167,6 +168,29 @@ async fn hostile_bodies_are_400_and_never_500() {
     assert!(fake.seen.lock().is_empty());
 }
 
+/// A client generated from the document must be able to leave out whatever has a default.
+#[test]
+fn the_document_asks_for_no_field_that_may_be_left_out() {
+    let document = serde_json::to_value(Document::openapi()).expect("serialises");
+    let required = |schema: &str| {
+        let schema = &document["components"]["schemas"][schema];
+        let parts = schema["allOf"].as_array().cloned().unwrap_or_else(|| vec![schema.clone()]);
+        let listed = |part: &Value| match part["$ref"].as_str() {
+            Some(path) => document.pointer(&path[1..]).expect("a part of the document")["required"].clone(),
+            None => part["required"].clone(),
+        };
+        let names: BTreeSet<String> = parts
+            .iter()
+            .flat_map(|part| listed(part).as_array().cloned().unwrap_or_default())
+            .map(|name| name.as_str().expect("a name").to_owned())
+            .collect();
+        names.into_iter().collect::<Vec<_>>()
+    };
+    assert_eq!(required("ChatRequest"), ["messages", "model"]);
+    assert_eq!(required("CompletionRequest"), ["model", "prompt"]);
+    assert!(required("StreamOptions").is_empty());
+}
+
 /// The document's own bounds, tested against the parser: every numeric field of both endpoints.
 #[tokio::test]
 async fn every_numeric_field_is_range_checked_as_documented() {
@@ -295,6 +319,11 @@ async fn fields_that_would_change_the_answer_are_refused_by_name() {
         ("continue_final_message", json!(true)),
         ("use_beam_search", json!(true)),
         ("lora_path", json!("/etc")),
+        ("max_new_tokens", json!(5)),
+        ("stop_regex", json!("a+")),
+        ("no_repeat_ngram_size", json!(3)),
+        ("random_seed", json!(7)),
+        ("best_of", json!(2)),
     ] {
         let answer = post(&fake, CHAT, &chat(json!({name: value}))).await;
         let error = error_of(&answer);
