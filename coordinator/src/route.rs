@@ -13,7 +13,7 @@ use shared::error::{ErrorKind, RequestError};
 use shared::id::{BaseName, NodeId, TenantId};
 
 use crate::membership::detector::Health;
-use crate::membership::{ClusterView, Member};
+use crate::membership::{ClusterView, Member, MemberSpec};
 use crate::ring::{Crowd, Owners, POINTS_PER_PART, Ring, RingKey};
 
 /// The pool of nodes and tenants of which nothing else is said.
@@ -46,8 +46,8 @@ impl Place {
         Self { base, pool: DEFAULT_POOL.to_owned(), region: None }
     }
 
-    fn admits(&self, member: &Member) -> bool {
-        let spec = &member.spec;
+    /// Whether a node of this kind may serve here.
+    pub fn admits(&self, spec: &MemberSpec) -> bool {
         let region = self.region.is_none() || self.region == spec.region;
         region && spec.pool == self.pool && spec.bases.contains(&self.base)
     }
@@ -276,7 +276,7 @@ impl Routes {
             }
         }
         for (place, nodes) in &mut places {
-            let here = view.members.values().filter(|member| place.admits(member) && member.share > 0);
+            let here = view.members.values().filter(|member| place.admits(&member.spec) && member.share > 0);
             let points =
                 |member: &Member| POINTS_PER_PART.saturating_mul(member.share).saturating_mul(member.spec.capacity);
             nodes.extend(here.map(|member| (member.spec.id.clone(), points(member))));

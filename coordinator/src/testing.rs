@@ -43,6 +43,7 @@ pub(crate) fn spec(tenant: &str) -> TenantSpec {
         fallback: Fallback::Refuse,
         limits: LIMITS,
         region: None,
+        pool: None,
         cost_center: Some("cc-1".to_owned()),
         tasks: BTreeSet::from(["support".parse().expect("valid task")]),
     }
@@ -136,6 +137,7 @@ pub(crate) mod commands {
             tier: premium.then_some(Tier::Premium),
             fallback: premium.then_some(Fallback::Base),
             region: (!premium).then_some(None),
+            pool: premium.then(|| Some("fast".to_owned())),
             ..TenantPatch::default()
         })
     }

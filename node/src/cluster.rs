@@ -133,17 +133,10 @@ impl ClusterNode {
         clock: Arc<dyn Clock>,
     ) -> Arc<Self> {
         let Network { net, incarnation } = network;
-        let spec = |node: &NodeConfig| MemberSpec {
-            id: node.name.clone(),
-            capacity: node.capacity,
-            pool: node.pool.to_string(),
-            region: node.region.as_ref().map(ToString::to_string),
-            bases: node.bases.clone(),
-        };
         let options = CoordinatorOptions {
             me: me.clone(),
             own: Own { incarnation, phase: NodePhase::Serving, load: NodeLoad::default() },
-            nodes: config.nodes.iter().map(spec).collect(),
+            nodes: config.nodes.iter().map(member_spec).collect(),
             interval: config.heartbeat,
             ring_key,
         };
@@ -305,7 +298,19 @@ impl ClusterNode {
 
 /// Where a tenant's requests for a base may run.
 pub fn place(base: &BaseName, contract: &TenantContract) -> Place {
-    Place { base: base.clone(), pool: DEFAULT_POOL.to_owned(), region: contract.region.clone() }
+    let pool = contract.pool.as_deref().unwrap_or(DEFAULT_POOL).to_owned();
+    Place { base: base.clone(), pool, region: contract.region.clone() }
+}
+
+/// What the cluster file says of a node, as the ring needs it.
+pub fn member_spec(node: &NodeConfig) -> MemberSpec {
+    MemberSpec {
+        id: node.name.clone(),
+        capacity: node.capacity,
+        pool: node.pool.to_string(),
+        region: node.region.as_ref().map(ToString::to_string),
+        bases: node.bases.clone(),
+    }
 }
 
 /// Heartbeats as datagrams.

@@ -162,6 +162,9 @@ struct ContractArgs {
     /// Region or data boundary.
     #[arg(long)]
     region: Option<String>,
+    /// Nodes of one pool of the cluster file.
+    #[arg(long)]
+    pool: Option<String>,
     /// Where usage rolls up.
     #[arg(long)]
     cost_center: Option<String>,
@@ -426,6 +429,7 @@ impl ContractArgs {
             allow_base: self.allow_base,
             fallback: self.fallback,
             region: self.region.clone(),
+            pool: self.pool.clone(),
             cost_center: self.cost_center.clone(),
             concurrency: self.concurrency,
             queue_depth: self.queue_depth,

@@ -107,6 +107,9 @@ pub struct TenantContract {
     pub limits: Limits,
     /// Region or data boundary (REG-08).
     pub region: Option<String>,
+    /// Nodes of one kind that serve this tenant and no others do; `None` is the pool `default`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
     /// Where usage rolls up (REG-09).
     pub cost_center: Option<String>,
     /// Registry epoch in which this contract was last changed.

@@ -58,7 +58,13 @@ pub struct Streaming {
 impl Cluster {
     /// Starts `n` nodes in `folder` and waits until all are ready.
     pub fn start(folder: &Path, spec: &NodeSpec, n: usize) -> Self {
-        let places = NodePlace::cluster(n);
+        Self::start_with(folder, spec, &vec![""; n])
+    }
+
+    /// The same with further lines in the table of each node.
+    pub fn start_with(folder: &Path, spec: &NodeSpec, lines: &[&str]) -> Self {
+        let mut places = NodePlace::cluster(lines.len());
+        places.iter_mut().zip(lines).for_each(|(place, lines)| place.lines = format!("{lines}\n"));
         write_config(folder, spec, &places);
         let_in(folder, &places);
         let mut nodes: Vec<NodeProcess> = places.into_iter().map(|place| NodeProcess::launch(folder, place)).collect();

@@ -23,6 +23,8 @@ pub struct NodeSpec {
     pub numerics: &'static str,
     /// Folder for the packed copy of the base; throw-away models have none.
     pub panels: &'static str,
+    /// Further bases: names and model files or folders.
+    pub more_bases: Vec<(&'static str, PathBuf)>,
     /// Further lines of the cluster file: whole tables.
     pub tables: String,
 }
@@ -36,6 +38,7 @@ impl NodeSpec {
             aliases: &["SmolLM2-135M-Instruct"],
             numerics: "fast",
             panels: "~/.cache/tenantry/panels",
+            more_bases: Vec::new(),
             tables: String::new(),
         }
     }
@@ -48,8 +51,16 @@ impl NodeSpec {
             aliases: &[],
             numerics: "exact",
             panels: "",
+            more_bases: Vec::new(),
             tables: String::new(),
         }
+    }
+
+    /// Adds a base with the same numerics, which takes any adapter of its shapes.
+    #[must_use]
+    pub fn with_base(mut self, name: &'static str, model: PathBuf) -> Self {
+        self.more_bases.push((name, model));
+        self
     }
 
     /// Adds tables to the cluster file, such as `"[adapters]\nslots = 4"`.
@@ -84,6 +95,8 @@ pub struct NodePlace {
     pub peer: Option<SocketAddr>,
     /// Clients over QUIC, in a cluster.
     pub quic: Option<SocketAddr>,
+    /// Further lines of its table.
+    pub lines: String,
 }
 
 /// An HTTP answer.
@@ -154,7 +167,8 @@ fn free_address() -> SocketAddr {
 impl NodePlace {
     /// A node alone, on free ports.
     pub fn alone() -> Self {
-        Self { name: "a".to_owned(), http: free_address(), admin: free_address(), peer: None, quic: None }
+        let lines = String::new();
+        Self { name: "a".to_owned(), http: free_address(), admin: free_address(), peer: None, quic: None, lines }
     }
 
     /// Nodes `a`, `b`, `c` … of one cluster, on free ports.
@@ -190,13 +204,17 @@ pub fn write_config_as(path: &Path, spec: &NodeSpec, places: &[NodePlace]) {
         if let Some(quic) = place.quic {
             config += &format!("clients_quic = \"{quic}\"\n");
         }
+        config += &place.lines;
         config.push('\n');
     }
-    let NodeSpec { model, base, aliases, numerics, panels, .. } = spec;
-    config += &format!(
-        "[[bases]]\nname = \"{base}\"\npath = \"{}\"\npanels = \"{panels}\"\naliases = {aliases:?}\nnumerics = \"{numerics}\"\n",
-        model.display()
-    );
+    let NodeSpec { model, base, aliases, numerics, panels, more_bases, .. } = spec;
+    let more = more_bases.iter().map(|(name, model)| (name, model, &[][..]));
+    for (name, model, aliases) in std::iter::once((base, model, *aliases)).chain(more) {
+        config += &format!(
+            "[[bases]]\nname = \"{name}\"\npath = \"{}\"\npanels = \"{panels}\"\naliases = {aliases:?}\nnumerics = \"{numerics}\"\n",
+            model.display()
+        );
+    }
     std::fs::write(path, config).expect("the scratch folder is writable");
 }
 

@@ -26,7 +26,7 @@ pub const BASES_MAX: usize = 16;
 pub const WEIGHT_MAX: u32 = 1000;
 /// Bytes of names and addresses for people.
 pub const TEXT_BYTES_MAX: usize = 200;
-/// Bytes of a region.
+/// Bytes of a region or a pool.
 pub const REGION_BYTES_MAX: usize = 63;
 /// Bytes of one adapter.
 pub const ADAPTER_BYTES_MAX: u64 = 512 << 20;
@@ -87,6 +87,7 @@ pub(super) fn check_spec(spec: &TenantSpec) -> Result<(), RegistryError> {
     bases(&spec.bases)?;
     limits(&spec.limits)?;
     optional_text("region", spec.region.as_ref(), REGION_BYTES_MAX)?;
+    optional_text("pool", spec.pool.as_ref(), REGION_BYTES_MAX)?;
     optional_text("cost_center", spec.cost_center.as_ref(), TEXT_BYTES_MAX)?;
     number("number of tasks", spec.tasks.len() as u64, 0, TASKS_MAX as u64)
 }
@@ -99,6 +100,7 @@ pub(super) fn check_patch(patch: &TenantPatch) -> Result<(), RegistryError> {
     patch.bases.as_ref().map_or(Ok(()), |found| bases(found))?;
     patch.limits.as_ref().map_or(Ok(()), limits)?;
     optional_text("region", patch.region.as_ref().and_then(Option::as_ref), REGION_BYTES_MAX)?;
+    optional_text("pool", patch.pool.as_ref().and_then(Option::as_ref), REGION_BYTES_MAX)?;
     optional_text("cost_center", patch.cost_center.as_ref().and_then(Option::as_ref), TEXT_BYTES_MAX)
 }
 

@@ -39,6 +39,9 @@ pub struct TenantSpec {
     pub limits: Limits,
     /// Region or data boundary, at most 63 bytes.
     pub region: Option<String>,
+    /// Pool of nodes, at most 63 bytes; `None` is the pool `default`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
     /// Where usage rolls up, at most 200 bytes.
     pub cost_center: Option<String>,
     /// Tasks that exist from the start, without an adapter.
@@ -69,6 +72,9 @@ pub struct TenantPatch {
     /// Region or data boundary.
     #[serde(deserialize_with = "present", skip_serializing_if = "Option::is_none")]
     pub region: Option<Option<String>>,
+    /// Pool of nodes.
+    #[serde(deserialize_with = "present", skip_serializing_if = "Option::is_none")]
+    pub pool: Option<Option<String>>,
     /// Where usage rolls up.
     #[serde(deserialize_with = "present", skip_serializing_if = "Option::is_none")]
     pub cost_center: Option<Option<String>>,

@@ -318,6 +318,7 @@ impl RegistryState {
             fallback: spec.fallback,
             limits: spec.limits,
             region: spec.region.clone(),
+            pool: spec.pool.clone(),
             cost_center: spec.cost_center.clone(),
             epoch,
         };
@@ -372,8 +373,7 @@ fn check_task_name(task: &TaskName, bases: &[shared::id::BaseName]) -> Result<()
 fn update(record: &mut TenantRecord, patch: &TenantPatch) -> Result<Vec<Event>, RegistryError> {
     bounds::check_patch(patch)?;
     let former = record.clone();
-    let TenantPatch { display_name, contact, tier, weight, bases, allow_base, fallback, limits, region, cost_center } =
-        patch.clone();
+    let TenantPatch { display_name, contact, tier, weight, bases, allow_base, fallback, limits, .. } = patch.clone();
     let contract = Arc::make_mut(&mut record.contract);
     if let Some(bases) = bases {
         let orphan = record.adapters.keys().find(|name| !bases.contains(&name.base));
@@ -389,8 +389,9 @@ fn update(record: &mut TenantRecord, patch: &TenantPatch) -> Result<Vec<Event>, 
     contract.allow_base = allow_base.unwrap_or(contract.allow_base);
     contract.fallback = fallback.unwrap_or(contract.fallback);
     contract.limits = limits.unwrap_or(contract.limits);
-    contract.region = region.unwrap_or_else(|| contract.region.take());
-    contract.cost_center = cost_center.unwrap_or_else(|| contract.cost_center.take());
+    contract.region = patch.region.clone().unwrap_or_else(|| contract.region.take());
+    contract.pool = patch.pool.clone().unwrap_or_else(|| contract.pool.take());
+    contract.cost_center = patch.cost_center.clone().unwrap_or_else(|| contract.cost_center.take());
     record.display_name = display_name.unwrap_or_else(|| std::mem::take(&mut record.display_name));
     record.contact = contact.unwrap_or_else(|| record.contact.take());
     let events = vec![Event::TenantUpdated { tenant: record.tenant().clone() }];

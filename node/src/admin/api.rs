@@ -54,6 +54,9 @@ pub struct ContractPatch {
     /// Region or data boundary; an empty string removes it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub region: Option<String>,
+    /// Nodes of one pool; an empty string means the pool `default`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
     /// Where usage rolls up; an empty string removes it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cost_center: Option<String>,
@@ -218,6 +221,8 @@ pub struct TenantView {
     pub limits: Limits,
     /// Region or data boundary.
     pub region: Option<String>,
+    /// Pool of nodes; `null` is the pool `default`.
+    pub pool: Option<String>,
     /// Where usage rolls up.
     pub cost_center: Option<String>,
     /// Tasks.
@@ -273,6 +278,7 @@ impl TenantView {
             fallback: contract.fallback,
             limits: contract.limits,
             region: contract.region.clone(),
+            pool: contract.pool.clone(),
             cost_center: contract.cost_center.clone(),
             tasks: contract
                 .tasks

@@ -6,7 +6,9 @@ use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::{Response, StatusCode};
 use coordinator::auth::{KeyId, Scope};
+use coordinator::membership::MemberSpec;
 use coordinator::registry::command::{Action, Applied, Command, Event, TenantPatch, TenantSpec};
+use coordinator::route::{DEFAULT_POOL, Place};
 use serde_json::Value;
 use shared::error::{ErrorKind, RequestError};
 use shared::id::{BaseName, TaskName, TenantId};
@@ -17,6 +19,7 @@ use super::api::{
     UpdateTenant,
 };
 use super::{Admin, Json, Shared, answer, parse};
+use crate::cluster::member_spec;
 
 pub(super) async fn list(State(admin): Shared) -> Response<Body> {
     let snapshot = admin.app.registry().snapshot();
@@ -103,7 +106,7 @@ async fn create_tenant(admin: &Admin, body: CreateTenant) -> Result<TenantCreate
     let tier = contract.tier.unwrap_or(Tier::Shared);
     let default_base = || config.bases.iter().take(1).map(|base| base.name.clone()).collect();
     let bases = contract.bases.clone().unwrap_or_else(default_base);
-    check_bases(admin, &bases)?;
+    check_place(admin, &bases, non_empty(contract.region.clone()), non_empty(contract.pool.clone()))?;
     let spec = TenantSpec {
         display_name: display_name.unwrap_or_else(|| id.to_string()),
         contact,
@@ -114,6 +117,7 @@ async fn create_tenant(admin: &Admin, body: CreateTenant) -> Result<TenantCreate
         fallback: contract.fallback.unwrap_or(Fallback::Refuse),
         limits: contract.limits_over(config.limits(tier)),
         region: non_empty(contract.region.clone()),
+        pool: non_empty(contract.pool.clone()),
         cost_center: non_empty(contract.cost_center.clone()),
         tasks: tasks.into_iter().collect(),
         tenant: id.clone(),
@@ -128,7 +132,38 @@ async fn create_tenant(admin: &Admin, body: CreateTenant) -> Result<TenantCreate
     Ok(TenantCreated { tenant: view(admin, &id)?, key: NewKey { id: key_id, key: key.reveal().to_owned() } })
 }
 
-/// A base that the cluster does not serve would only be noticed by the tenant's first request.
+/// A base that the cluster does not serve, or not there, would only be noticed by the tenant's first request.
+fn check_place(
+    admin: &Admin,
+    bases: &[BaseName],
+    region: Option<String>,
+    pool: Option<String>,
+) -> Result<(), RequestError> {
+    check_bases(admin, bases)?;
+    let nodes: Vec<MemberSpec> = admin.app.config().nodes.iter().map(member_spec).collect();
+    for base in bases {
+        let place =
+            Place { base: base.clone(), pool: pool.clone().unwrap_or_else(default_pool), region: region.clone() };
+        if nodes.iter().any(|node| place.admits(node)) {
+            continue;
+        }
+        let in_pool = nodes.iter().any(|node| node.pool == place.pool);
+        let field = if in_pool && region.is_some() { "contract.region" } else { "contract.pool" };
+        let place = match &region {
+            Some(region) => format!("in pool {} and region {region}", place.pool),
+            None => format!("in pool {}", place.pool),
+        };
+        let message =
+            format!("no node {place} serves the base {base}; hint: [[nodes]] of the cluster file says who does");
+        return Err(RequestError::field("invalid_value", field, message));
+    }
+    Ok(())
+}
+
+fn default_pool() -> String {
+    DEFAULT_POOL.to_owned()
+}
+
 fn check_bases(admin: &Admin, bases: &[BaseName]) -> Result<(), RequestError> {
     let served = &admin.app.config().bases;
     match bases.iter().find(|base| !served.iter().any(|served| served.name == **base)) {
@@ -145,7 +180,11 @@ async fn update_tenant(admin: &Admin, tenant: &str, body: UpdateTenant) -> Resul
     let tenant: TenantId = parse("tenant", tenant)?;
     let UpdateTenant { display_name, contact, expected_epoch, contract } = body;
     let present = view(admin, &tenant)?;
-    check_bases(admin, contract.bases.as_deref().unwrap_or_default())?;
+    if contract.bases.is_some() || contract.region.is_some() || contract.pool.is_some() {
+        let wanted = |new: &Option<String>, old: &Option<String>| non_empty(new.as_ref().or(old.as_ref()).cloned());
+        let (region, pool) = (wanted(&contract.region, &present.region), wanted(&contract.pool, &present.pool));
+        check_place(admin, contract.bases.as_ref().unwrap_or(&present.bases), region, pool)?;
+    }
     let patch = TenantPatch {
         display_name,
         contact: contact.map(|text| non_empty(Some(text))),
@@ -156,6 +195,7 @@ async fn update_tenant(admin: &Admin, tenant: &str, body: UpdateTenant) -> Resul
         fallback: contract.fallback,
         limits: changes_limits(&contract).then(|| contract.limits_over(present.limits)),
         region: contract.region.map(|text| non_empty(Some(text))),
+        pool: contract.pool.map(|text| non_empty(Some(text))),
         cost_center: contract.cost_center.map(|text| non_empty(Some(text))),
     };
     // Limits are merged with those just read, so somebody else's change in between must not be lost.

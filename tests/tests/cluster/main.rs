@@ -9,3 +9,4 @@ mod entry;
 mod network;
 mod registry;
 mod doors;
+mod places;
