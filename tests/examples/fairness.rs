@@ -1,7 +1,8 @@
 //! Measures fairness on a real node with the real model: token shares of backlogged tenants, what a flood does
-//! to its neighbours, and what a reserved class notices. Prints figures; decides nothing.
+//! to its neighbours, what a reserved class notices, and what loading adapters does to a running stream. Prints
+//! figures; decides nothing.
 //!
-//! `cargo run --release -p tests --example fairness -- shares|flood|reserve [pairs] [seconds]`, with
+//! `cargo run --release -p tests --example fairness -- shares|flood|reserve|loads [pairs] [seconds]`, with
 //! `TENANTRY_BIN` naming the program to measure. Quiet machine, please: load from elsewhere shows up as noise. The
 //! first second of every run is not counted, nor is the first run. `THREADS` sets the node's compute threads (with one,
 //! node and clients can have a core each: `taskset`); `PAIRS` names a file of ratios that runs are added to, so that many
@@ -12,9 +13,13 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use model::adapter::AdapterFiles;
+use model::info::Linear;
 use serde_json::{Value, json};
 use shared::clock::{Clock, SystemClock};
+use tests::operator;
 use tests::process::{NodeProcess, NodeSpec, scratch};
+use tests::tiny::AdapterSpec;
 
 /// Start of a run that is not counted: its clients all begin at once.
 const WARM_UP: Duration = Duration::from_secs(1);
@@ -259,6 +264,69 @@ fn reserve(pairs: usize, seconds: u64) {
     });
 }
 
+/// A stream of the base beside a tenant that asks four times a second, always for the same adapter or in turn for
+/// more adapters than there are slots, each loaded from the disk again.
+fn loads(pairs: usize, seconds: u64) {
+    const N_ADAPTERS: usize = 6;
+    let node = node("[engine]\nsequences = 16\n[adapters]\nslots = 2\nhost_mib = 1\n");
+    let steady = tenant(&node, "steady", &[]);
+    let keys: Vec<String> = (0..N_ADAPTERS)
+        .map(|n| {
+            let id = format!("loader{n}");
+            let key = tenant(&node, &id, &[]);
+            let name = format!("{id}-task-smollm2-v1.0.0");
+            operator::install(&node, &name, &adapter(n as u64));
+            key
+        })
+        .collect();
+    compare("a stream beside loads from the disk", pairs, |loading| {
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for n in 0.. {
+                    let at = if loading { n % N_ADAPTERS } else { 0 };
+                    let body = json!({"model": "task", "prompt": "Hello", "max_tokens": 1, "temperature": 0});
+                    let due = now() + Duration::from_millis(250);
+                    assert_eq!(node.post("/v1/completions", &keys[at], &body).status, 200);
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    std::thread::sleep(due.saturating_duration_since(now()));
+                }
+            });
+            let clients = BTreeMap::from([("steady".to_owned(), (steady.clone(), 1))]);
+            let seen = drive(&node, &clients, 200, seconds).remove("steady").expect("it was driven");
+            stop.store(true, Ordering::Relaxed);
+            seen
+        })
+    });
+    let n_loads = node
+        .metrics()
+        .lines()
+        .filter(|line| line.starts_with("tenantry_adapter_load_seconds_count"))
+        .map(str::to_owned)
+        .collect::<Vec<_>>();
+    println!("{}", n_loads.join("\n"));
+}
+
+/// A rank-16 adapter on all linear layers of the real model, in f32: 19.5 MB.
+fn adapter(seed: u64) -> AdapterFiles {
+    let shapes = [
+        (Linear::Q, 576, 576),
+        (Linear::K, 192, 576),
+        (Linear::V, 192, 576),
+        (Linear::O, 576, 576),
+        (Linear::Gate, 1536, 576),
+        (Linear::Up, 1536, 576),
+        (Linear::Down, 576, 1536),
+    ];
+    let spec = AdapterSpec::new(seed, 16, &shapes.map(|(linear, ..)| linear));
+    let AdapterFiles::Peft { config, weights } = spec.files_for(30, &shapes) else { unreachable!("PEFT files") };
+    let mut config: Value = serde_json::from_slice(&config).expect("JSON");
+    config["base_model_name_or_path"] = json!("SmolLM2-135M-Instruct");
+    AdapterFiles::Peft { config: config.to_string().into_bytes(), weights }
+}
+
 fn main() {
     let words: Vec<String> = std::env::args().collect();
     let number = |at: usize, default: u64| words.get(at).and_then(|word| word.parse().ok()).unwrap_or(default);
@@ -269,6 +337,7 @@ fn main() {
         }
         Some("flood") => flood(number(2, 10) as usize, number(3, 8)),
         Some("reserve") => reserve(number(2, 10) as usize, number(3, 8)),
-        _ => eprintln!("use: fairness shares [seconds] | flood [pairs] [seconds] | reserve [pairs] [seconds]"),
+        Some("loads") => loads(number(2, 10) as usize, number(3, 8)),
+        _ => eprintln!("use: fairness shares [seconds] | flood|reserve|loads [pairs] [seconds]"),
     }
 }
