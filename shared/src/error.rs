@@ -4,6 +4,7 @@
 //! maps kinds to HTTP. The `code` is API: clients match on it.
 
 use std::borrow::Cow;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// What class of failure a request met; decides the HTTP status and whether a retry can help.
@@ -83,14 +84,50 @@ impl RequestError {
     }
 }
 
-/// A broken invariant: panics where assertions are on, otherwise logs an error and counts
-/// `tenantry_invariant_violations_total`-worthy events through `tracing` target `invariant`.
+static VIOLATIONS: AtomicU64 = AtomicU64::new(0);
+
+/// Broken invariants of this process so far: `tenantry_invariant_violations_total`.
+pub fn violations() -> u64 {
+    VIOLATIONS.load(Ordering::Relaxed)
+}
+
+/// Counts a broken invariant; called by [`violation!`](crate::violation) only, which also says what broke.
+pub fn count_violation() {
+    VIOLATIONS.fetch_add(1, Ordering::Relaxed);
+}
+
+/// A broken invariant whose request is refused: counts it and logs an error under the `tracing` target `invariant`.
+/// Takes what `tracing::error!` takes.
+#[macro_export]
+macro_rules! violation {
+    ($($arg:tt)*) => {{
+        $crate::error::count_violation();
+        tracing::error!(target: "invariant", $($arg)*);
+    }};
+}
+
+/// A broken invariant that only a bug of ours can cause: a [`violation!`](crate::violation) that panics where
+/// assertions are on.
 #[macro_export]
 macro_rules! critical {
     ($($arg:tt)*) => {{
+        $crate::violation!($($arg)*);
         if cfg!(debug_assertions) {
             panic!($($arg)*);
         }
-        tracing::error!(target: "invariant", $($arg)*);
     }};
+}
+
+#[cfg(test)]
+mod tests {
+    use super::violations;
+
+    #[test]
+    fn every_broken_invariant_is_counted() {
+        let before = violations();
+        crate::violation!(slot = 3, "a lease is not the pinned one");
+        let critical = std::panic::catch_unwind(|| crate::critical!("slot {} came twice", 3));
+        assert_eq!(critical.is_err(), cfg!(debug_assertions));
+        assert_eq!(violations(), before + 2);
+    }
 }

@@ -134,7 +134,7 @@ impl Batch {
             } else if parked_for.is_some_and(|parked_for| parked_for >= self.config.park_max) {
                 self.fail(number, client_too_slow());
             } else if !lease_matches(&request.work) {
-                tracing::error!(target: "invariant", request = %request.work.envelope.id, "a leased adapter is not the pinned one");
+                shared::violation!(request = %request.work.envelope.id, "a leased adapter is not the pinned one");
                 self.fail(number, RequestError::internal());
             } else {
                 let parked = parked_for.is_some();
@@ -176,7 +176,7 @@ impl Batch {
                 return self.refuse(&work, error.to_request_error("response_format"));
             }
             Err((work, StartError::TokensAfterEnd)) => {
-                tracing::error!(target: "invariant", request = %work.envelope.id, "tokens were emitted after an end");
+                shared::violation!(request = %work.envelope.id, "tokens were emitted after an end");
                 return self.refuse(&work, RequestError::internal());
             }
         };
@@ -231,7 +231,7 @@ impl Batch {
             return Err(deadline_exceeded());
         }
         if !lease_matches(work) || (generation.grammar.is_some() && work.grammar.is_none()) {
-            tracing::error!(target: "invariant", request = %work.envelope.id, "work lacks its adapter or its grammar");
+            shared::violation!(request = %work.envelope.id, "work lacks its adapter or its grammar");
             return Err(RequestError::internal());
         }
         if n_prompt == 0 || generation.n == 0 || generation.max_tokens == 0 {
@@ -242,7 +242,7 @@ impl Batch {
             ));
         }
         if work.emitted.0.len() > generation.n as usize {
-            tracing::error!(target: "invariant", request = %work.envelope.id, "more choices were emitted than wanted");
+            shared::violation!(request = %work.envelope.id, "more choices were emitted than wanted");
             return Err(RequestError::internal());
         }
         let emitted = work.emitted.0.iter().flat_map(|choice| &choice.tokens);

@@ -263,14 +263,15 @@ fn a_prompt_that_cannot_fit_is_refused_with_a_reason() {
 }
 
 #[test]
-fn a_missing_or_wrong_lease_never_runs() {
-    let mut bench = bench();
+fn a_missing_or_wrong_lease_never_runs_and_is_counted() {
+    let (mut bench, violations) = (bench(), shared::error::violations());
     for lease in [None, Some(2)] {
         let mut receiver = bench.submit(&Job { adapter: Some(1), lease: Some(lease), ..Job::default() });
         bench.run_until_idle();
         assert!(matches!(&receiver.drain()[..], [TokenEvent::Failed(error)] if error.kind == ErrorKind::Internal));
     }
     assert_eq!(bench.engine.stats().snapshot().steps, 0);
+    assert!(shared::error::violations() >= violations + 2);
 }
 
 #[test]
