@@ -143,6 +143,11 @@ impl App {
         &self.rooms
     }
 
+    /// Adapter files.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
     /// Usage records.
     pub fn journal(&self) -> &Journal {
         &self.journal

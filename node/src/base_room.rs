@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use adapters::cache::Command;
-use adapters::{AdapterCache, Loader, Store};
+use adapters::{AdapterCache, Loader};
 use arc_swap::ArcSwap;
 use kernels::kv::PAGE_TOKENS;
 use model::base::BaseModel;
@@ -62,8 +62,6 @@ pub struct BaseRoom {
 pub struct AdapterLoading {
     /// Does the loading.
     pub loader: Arc<dyn Loader>,
-    /// Where the files are.
-    pub store: Store,
     /// The cache's commands, until its actor takes them.
     pub commands: Mutex<Option<mpsc::UnboundedReceiver<Command>>>,
 }
@@ -95,7 +93,7 @@ impl BaseRoom {
         let grammars = GrammarCompiler::new(&vocabulary)?;
         Ok(Self {
             engine: EngineOptions::new(&model, config),
-            queue: Queue::new(fair_config(config)),
+            queue: Queue::new(name.clone(), fair_config(config)),
             stats: ArcSwap::default(),
             earlier: Mutex::default(),
             erased: Mutex::default(),

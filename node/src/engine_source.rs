@@ -225,7 +225,7 @@ mod tests {
         let item = Item::of(&envelope, &Emitted::default());
         let (emitted, fallback) = (Emitted::default(), Fallback::Refuse);
         let payload = Payload { envelope, emitted, grammar: None, sink, cancel, fallback, adapter_hit: None };
-        let queue = Queue::new(FairConfig::default());
+        let queue = Queue::new("tiny".parse().expect("a name"), FairConfig::default());
         let ticket = queue.submit(clock.now(), item, payload).expect("there is room");
         let room = queue::Room { sequences: 8, kv_tokens: 1000 };
         let picked = queue.next(clock.now(), room, &mut NoAdapters).expect("it is its turn");

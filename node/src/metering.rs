@@ -20,6 +20,7 @@ use shared::token::{FinishReason, TokenEvent};
 
 use journal::{Journal, OpenRecord};
 
+use crate::gateway::assemble::Assembly;
 use crate::gateway::backend::EventTap;
 use crate::metrics::activity::InUse;
 
@@ -102,7 +103,8 @@ pub struct Tap {
     compute: Duration,
     delivered: Vec<u32>,
     finished: u32,
-    failed: bool,
+    /// Code of the error that ended it.
+    failure: Option<&'static str>,
     fell_back: bool,
     last_token_at: Option<Instant>,
     settle: Option<Box<dyn FnOnce(u64) + Send>>,
@@ -138,7 +140,7 @@ impl Tap {
             compute: Duration::ZERO,
             delivered,
             finished: 0,
-            failed: false,
+            failure: None,
             fell_back: false,
             last_token_at: None,
             settle: Some(settle),
@@ -192,12 +194,14 @@ impl EventTap for Tap {
                 self.compute += *compute;
                 crate::metrics::request_finished(&self.envelope, finish_label(reason));
             }
-            TokenEvent::Failed(_) => self.failed = true,
+            TokenEvent::Failed(error) => self.failure = Some(error.code),
         }
     }
 
     fn closed(&mut self) {
-        self.failed |= self.finished < self.envelope.n_sequences();
+        if self.finished < self.envelope.n_sequences() {
+            self.failure.get_or_insert(Assembly::broke_off().code);
+        }
     }
 }
 
@@ -205,7 +209,7 @@ impl Tap {
     fn record(&self) -> UsageRecord {
         let envelope = &self.envelope;
         let since = |at: Instant| at.saturating_duration_since(envelope.admitted_at).as_secs_f64() * 1e3;
-        let outcome = if self.failed {
+        let outcome = if self.failure.is_some() {
             Outcome::Failed
         } else if self.finished >= envelope.n_sequences() {
             Outcome::Finished
@@ -244,7 +248,7 @@ impl Tap {
 impl Drop for Tap {
     fn drop(&mut self) {
         let record = self.record();
-        crate::metrics::request_ended(&record);
+        crate::metrics::request_ended(&self.envelope, &record, self.failure);
         self.journal.append(&record);
         if let Some(settle) = self.settle.take() {
             settle(self.used_tokens());

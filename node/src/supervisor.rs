@@ -187,7 +187,8 @@ impl SupervisorState {
             commands,
             loader: Arc::clone(&loading.loader),
             clock: Arc::clone(&self.args.clock),
-            store: Some(loading.store.clone()),
+            base: name.clone(),
+            tenant_label: crate::metrics::tenant_label,
         })
     }
 

@@ -14,18 +14,18 @@ use std::time::Duration;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use shared::adapter::AdapterRef;
 use shared::clock::Clock;
+use shared::id::{BaseName, TenantId};
 use tokio::sync::mpsc;
 
 use crate::cache::{Command, LoadJob, Loaded};
 use crate::handle::AdapterCache;
 use crate::loader::{LoadError, Loader};
 use crate::metrics;
-use crate::store::Store;
 
 #[cfg(test)]
 mod tests;
 
-/// Time between samples of metrics, and how late a want may end.
+/// How late a want may end.
 pub const TICK: Duration = Duration::from_secs(1);
 
 /// What the actor is told.
@@ -61,8 +61,10 @@ pub struct AdapterCacheArgs {
     pub loader: Arc<dyn Loader>,
     /// Where it reads the time.
     pub clock: Arc<dyn Clock>,
-    /// For the disk tier's size in the metrics.
-    pub store: Option<Store>,
+    /// Base of its adapters.
+    pub base: BaseName,
+    /// What the metrics call a tenant; must have a bounded number of values.
+    pub tenant_label: fn(&TenantId) -> String,
 }
 
 impl fmt::Debug for AdapterCacheArgs {
@@ -80,7 +82,8 @@ pub struct AdapterCacheState {
     cache: AdapterCache,
     loader: Arc<dyn Loader>,
     clock: Arc<dyn Clock>,
-    store: Option<Store>,
+    base: BaseName,
+    tenant_label: fn(&TenantId) -> String,
 }
 
 impl Actor for AdapterCacheActor {
@@ -93,8 +96,7 @@ impl Actor for AdapterCacheActor {
         myself: ActorRef<Self::Msg>,
         args: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
-        metrics::describe();
-        let AdapterCacheArgs { cache, mut commands, loader, clock, store } = args;
+        let AdapterCacheArgs { cache, mut commands, loader, clock, base, tenant_label } = args;
         myself.send_interval(TICK, || AdapterCacheMsg::Tick);
         tokio::spawn(async move {
             while let Some(command) = commands.recv().await {
@@ -103,7 +105,7 @@ impl Actor for AdapterCacheActor {
                 }
             }
         });
-        Ok(AdapterCacheState { cache, loader, clock, store })
+        Ok(AdapterCacheState { cache, loader, clock, base, tenant_label })
     }
 
     async fn handle(
@@ -122,10 +124,7 @@ impl Actor for AdapterCacheActor {
             AdapterCacheMsg::LoadFinished { number, adapter, result } => {
                 state.on_load_finished(number, &adapter, result);
             }
-            AdapterCacheMsg::Tick => {
-                state.cache.expire();
-                metrics::sample(&state.cache.stats(), state.store.as_ref().map(Store::used_bytes));
-            }
+            AdapterCacheMsg::Tick => state.cache.expire(),
         }
         Ok(())
     }
@@ -136,6 +135,7 @@ impl Actor for AdapterCacheActor {
 impl AdapterCacheState {
     fn on_load(&self, myself: ActorRef<AdapterCacheMsg>, job: LoadJob) {
         let (loader, clock) = (Arc::clone(&self.loader), Arc::clone(&self.clock));
+        let (base, tenant) = (self.base.clone(), (self.tenant_label)(&job.adapter.tenant));
         tokio::task::spawn_blocking(move || {
             let (number, adapter) = (job.number, job.adapter.clone());
             let tier = match (&job.host, job.pack) {
@@ -149,7 +149,7 @@ impl AdapterCacheState {
             };
             let result = perform(loader.as_ref(), job, has_files);
             if result.is_ok() {
-                metrics::loaded(tier, clock.now().saturating_duration_since(started));
+                metrics::loaded(&base, tenant, tier, clock.now().saturating_duration_since(started));
             }
             // A stopped actor has no use for it; its memory goes here.
             let _ = myself.cast(AdapterCacheMsg::LoadFinished { number, adapter, result });

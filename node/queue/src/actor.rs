@@ -1,4 +1,4 @@
-//! `FairQueueActor`: the queue's timer and metrics.
+//! `FairQueueActor`: the queue's timer.
 //!
 //! Supervised by the node supervisor, which restarts it with the same [`Queue`]: the requests live in the
 //! queue, not in the actor, so a crash loses at most one tick of expiries, which the next tick finds. Only its
@@ -15,17 +15,14 @@ use shared::clock::Clock;
 
 use crate::handle::Queue;
 use crate::item::Item;
-use crate::metrics;
 
 /// Default time between ticks: a request that cannot be served in time learns it at most this much late.
 pub const TICK_DEFAULT: Duration = Duration::from_millis(50);
-/// Gauges are sampled every this many ticks: counting visits every tenant.
-const TICKS_PER_SAMPLE: u32 = 20;
 
 /// What the actor is asked.
 #[derive(Debug)]
 pub enum FairQueueMsg {
-    /// Sent by its own timer: answer what expired, sample metrics.
+    /// Sent by its own timer: answer what expired.
     Tick,
 }
 
@@ -61,10 +58,7 @@ impl<T> Default for FairQueueActor<T> {
 }
 
 /// The actor's working state.
-pub struct FairQueueState<T> {
-    args: FairQueueArgs<T>,
-    ticks: u32,
-}
+pub struct FairQueueState<T>(FairQueueArgs<T>);
 
 impl<T: Send + 'static> Actor for FairQueueActor<T> {
     type Msg = FairQueueMsg;
@@ -76,10 +70,9 @@ impl<T: Send + 'static> Actor for FairQueueActor<T> {
         myself: ActorRef<Self::Msg>,
         args: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
-        metrics::describe();
         // The timer's task ends by itself when the actor is gone.
         myself.send_interval(args.tick, || FairQueueMsg::Tick);
-        Ok(FairQueueState { args, ticks: 0 })
+        Ok(FairQueueState(args))
     }
 
     async fn handle(
@@ -99,14 +92,9 @@ impl<T: Send + 'static> Actor for FairQueueActor<T> {
 
 impl<T> FairQueueState<T> {
     fn on_tick(&mut self) {
-        let now = self.args.clock.now();
-        for (item, payload) in self.args.queue.expire(now) {
+        for (item, payload) in self.0.queue.expire(self.0.clock.now()) {
             tracing::debug!(request_id = %item.id, tenant_id = %item.route.tenant, "deadline passed in the queue");
-            (self.args.on_expired)(item, payload);
-        }
-        self.ticks = self.ticks.wrapping_add(1);
-        if self.ticks.is_multiple_of(TICKS_PER_SAMPLE) {
-            metrics::sample(&self.args.queue.stats(now));
+            (self.0.on_expired)(item, payload);
         }
     }
 }
@@ -124,7 +112,7 @@ mod tests {
     #[tokio::test]
     async fn the_timer_answers_expired_requests_and_no_others() {
         let clock = ManualClock::default();
-        let queue = Queue::new(FairConfig::default());
+        let queue = Queue::new("tiny".parse().expect("a name"), FairConfig::default());
         let (expired, mut answered) = mpsc::unbounded_channel();
         let args = FairQueueArgs {
             queue: queue.clone(),

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use shared::adapter::AdapterId;
-use shared::id::{RequestId, Route};
+use shared::id::{BaseName, RequestId, Route};
 use shared::tenant::Tier;
 
 use crate::fair::{FairQueue, QueueStats};
@@ -23,6 +23,8 @@ pub struct Queue<T>(Arc<Shared<T>>);
 
 #[derive(Debug)]
 struct Shared<T> {
+    /// Whose metrics it counts in.
+    base: BaseName,
     core: Mutex<FairQueue<T>>,
     /// True from a wake until the next park returns, so that a wake before the park is not lost.
     woken: Mutex<bool>,
@@ -55,7 +57,7 @@ impl<T> Ticket<T> {
 impl<T> Drop for Ticket<T> {
     fn drop(&mut self) {
         if self.queue.cancel(self.id).is_some() {
-            metrics::cancelled();
+            metrics::cancelled(&self.queue.0.base);
         }
     }
 }
@@ -77,9 +79,10 @@ impl<T> Drop for Permit<T> {
 // === impl Queue ===
 
 impl<T> Queue<T> {
-    /// An empty, open queue.
-    pub fn new(config: FairConfig) -> Self {
+    /// An empty, open queue for requests to `base`.
+    pub fn new(base: BaseName, config: FairConfig) -> Self {
         Self(Arc::new(Shared {
+            base,
             core: Mutex::new(FairQueue::new(config)),
             woken: Mutex::new(false),
             wake: Condvar::new(),
@@ -101,12 +104,12 @@ impl<T> Queue<T> {
         };
         match submitted {
             Ok(()) => {
-                metrics::submitted(tier);
+                metrics::submitted(&self.0.base, tier);
                 self.wake();
                 Ok(Ticket { queue: self.clone(), id })
             }
             Err(error) => {
-                metrics::refused(&error);
+                metrics::refused(&self.0.base, &error);
                 Err(error)
             }
         }
@@ -152,7 +155,7 @@ impl<T> Queue<T> {
     /// What passed its deadline while waiting; the caller answers it.
     pub fn expire(&self, now: Instant) -> Vec<(Item, T)> {
         let expired = self.0.core.lock().expire(now);
-        metrics::expired(expired.len());
+        metrics::expired(&self.0.base, expired.len());
         expired
     }
 
@@ -227,6 +230,10 @@ mod tests {
         fn settled(&mut self, _out: &mut Vec<AdapterId>) {}
     }
 
+    fn open<T>() -> Queue<T> {
+        Queue::new("tiny".parse().expect("a name"), FairConfig::default())
+    }
+
     const ROOM: Room = Room { sequences: 8, kv_tokens: 1 << 20 };
 
     fn item(now: Instant, id: u128) -> Item {
@@ -248,7 +255,7 @@ mod tests {
 
     #[test]
     fn a_dropped_ticket_takes_its_request_out() {
-        let (queue, now) = (Queue::new(FairConfig::default()), SystemClock.now());
+        let (queue, now) = (open(), SystemClock.now());
         let kept = queue.submit(now, item(now, 1), "kept").expect("accepted");
         drop(queue.submit(now, item(now, 2), "dropped").expect("accepted"));
         assert_eq!(queue.n_waiting(), 1);
@@ -259,7 +266,7 @@ mod tests {
 
     #[test]
     fn a_permit_gives_its_place_back_even_when_its_holder_unwinds() {
-        let (queue, now) = (Queue::new(FairConfig::default()), SystemClock.now());
+        let (queue, now) = (open(), SystemClock.now());
         let _tickets = [1, 2].map(|id| queue.submit(now, item(now, id), ()).expect("accepted"));
         let first = queue.next(now, ROOM, &mut NoAdapters).expect("picked");
         let permit = queue.permit(first.item.id);
@@ -274,7 +281,7 @@ mod tests {
 
     #[test]
     fn parking_ends_at_a_submission_and_a_wake_before_it_is_not_lost() {
-        let queue: Queue<()> = Queue::new(FairConfig::default());
+        let queue: Queue<()> = open();
         let started = SystemClock.now();
         queue.wake();
         queue.park(Duration::from_secs(20));
@@ -294,7 +301,7 @@ mod tests {
 
     #[test]
     fn a_closed_queue_returns_what_waited_and_refuses_the_rest() {
-        let (queue, now) = (Queue::new(FairConfig::default()), SystemClock.now());
+        let (queue, now) = (open(), SystemClock.now());
         let tickets: Vec<_> = (0..5).map(|id| queue.submit(now, item(now, id), id).expect("accepted")).collect();
         let drained: Vec<u128> = queue.close().into_iter().map(|(_, id)| id).collect();
         assert_eq!(drained, [0, 1, 2, 3, 4]);
@@ -305,7 +312,7 @@ mod tests {
 
     #[test]
     fn a_storm_of_cancellations_from_many_threads_leaves_nothing_behind() {
-        let (queue, now) = (Queue::new(FairConfig::default()), SystemClock.now());
+        let (queue, now) = (open(), SystemClock.now());
         let engine = thread::spawn({
             let queue = queue.clone();
             move || {

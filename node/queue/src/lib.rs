@@ -3,7 +3,7 @@
 //! Reading order: [`item`] is what waits and what the queue is told; [`virtual_time`] is how service is
 //! compared; [`fair`] decides (pure: `now` comes in, choices go out); [`drain`] guesses when a refused client
 //! may come back; [`handle`] puts the core behind one short lock that engine and gateway share; [`actor`]
-//! owns timers, configuration and metrics.
+//! owns the timer. What it counts lies in [`metrics`].
 //!
 //! **Invariant.** A request that was accepted leaves exactly once: picked, cancelled, expired or drained.
 //! **Invariant.** A picked request counts against its tenant's concurrency until it is reported as left.

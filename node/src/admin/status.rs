@@ -95,16 +95,7 @@ fn tenant_status(tenant: &TenantStats) -> Value {
 }
 
 pub(super) async fn metrics(State(admin): Shared) -> Response<Body> {
-    let app = &admin.app;
-    metrics::node_state(app.journal().backlog(), app.registry().snapshot().epoch());
-    if let Some(cluster) = app.cluster() {
-        metrics::cluster_state(cluster, app.registry().status().borrow().leader.is_some());
-    }
-    for room in app.rooms().values() {
-        metrics::base_state(room);
-    }
-    let mut text = admin.metrics.render();
-    metrics::render_engines(&mut text, app);
+    let text = metrics::state::render(&admin.app, &admin.metrics);
     ([("content-type", "text/plain; version=0.0.4")], text).into_response()
 }
 

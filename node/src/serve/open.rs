@@ -113,8 +113,7 @@ fn room(
         limits: adapter_limits(config, name),
     };
     let (cache, commands) = AdapterCache::new(cache_config(&config.adapters), clock);
-    let loading =
-        AdapterLoading { loader: Arc::new(loader), store: store.clone(), commands: Mutex::new(Some(commands)) };
+    let loading = AdapterLoading { loader: Arc::new(loader), commands: Mutex::new(Some(commands)) };
     BaseRoom::new(name.clone(), model, cache, loading, config)
 }
 

@@ -11,18 +11,22 @@ use tests::tiny;
 /// Name with sorted labels → value.
 type Series = BTreeMap<String, f64>;
 
-/// Reads Prometheus text strictly: every sample belongs to a family announced before it, no series comes twice.
+/// Reads Prometheus text strictly: every sample belongs to a family announced before it, every family says what it
+/// means, no series comes twice.
 fn parse(text: &str) -> (Series, BTreeMap<String, String>) {
-    let (mut series, mut types) = (Series::new(), BTreeMap::new());
+    let (mut series, mut types, mut meanings) = (Series::new(), BTreeMap::new(), BTreeSet::new());
     for line in text.lines().filter(|line| !line.is_empty()) {
         if let Some(announced) = line.strip_prefix("# TYPE ") {
             let (name, kind) = announced.split_once(' ').unwrap_or_else(|| panic!("{line}"));
             assert!(["counter", "gauge", "histogram", "summary"].contains(&kind), "{line}");
+            assert!(meanings.contains(name), "no meaning before {line}");
+            assert_eq!(kind == "counter", name.ends_with("_total") && kind != "histogram", "{line}");
             assert!(types.insert(name.to_owned(), kind.to_owned()).is_none(), "announced twice: {line}");
             continue;
         }
         if line.starts_with('#') {
-            assert!(line.starts_with("# HELP "), "{line}");
+            let said = line.strip_prefix("# HELP ").unwrap_or_else(|| panic!("{line}"));
+            meanings.insert(said.split(' ').next().expect("a name").to_owned());
             continue;
         }
         let (name, value) = line.rsplit_once(' ').unwrap_or_else(|| panic!("no value: {line}"));
@@ -140,6 +144,10 @@ fn counters_add_up_to_what_was_sent_under_the_names_dashboards_know() {
     ] {
         assert_eq!(buckets(&text, family), bounds, "{family}");
     }
+    assert!(
+        [0.05, 0.1, 0.2, 0.5, 2.0, 10.0].iter().all(|bound| buckets(&text, "tenantry_request_seconds").contains(bound))
+    );
+    assert_eq!(buckets(&text, "vllm:request_params_n"), [1.0, 2.0, 5.0, 10.0, 20.0]);
     for family in ["vllm:time_to_first_token_seconds", "vllm:e2e_request_latency_seconds"] {
         assert_eq!(value(&series, &format!("{family}_count"), &base), 3.0, "{family}");
     }
@@ -152,18 +160,15 @@ fn counters_add_up_to_what_was_sent_under_the_names_dashboards_know() {
     assert_eq!(sum("vllm:iteration_tokens_total"), 12.0 + 15.0);
     assert_eq!(
         value(&series, "vllm:iteration_tokens_total_count", &base),
-        value(&series, "tenantry_engine_steps_total", &base)
+        value(&series, "tenantry_engine_steps_total", &base[..1])
     );
+    assert_eq!((sum("vllm:request_params_n"), sum("vllm:request_params_max_tokens")), (3.0, 18.0));
     assert!(text.contains("vllm:cache_config_info{model_name=\"tiny\",engine=\"0\",block_size=\"16\",num_gpu_blocks="));
     assert_eq!(value(&series, "vllm:request_generation_tokens_sum", &base), 18.0);
     assert_eq!(value(&series, "vllm:time_per_output_token_seconds_count", &base), 15.0, "gaps, not tokens");
 
-    let served =
-        [("tenant", "acme"), ("task", "support"), ("adapter", version), ("tier", "premium"), ("outcome", "finished")];
-    assert_eq!(value(&series, "tenantry_requests_total", &served), 2.0);
-    let by_base =
-        [("tenant", "other"), ("task", "_base"), ("adapter", "_base"), ("tier", "shared"), ("outcome", "finished")];
-    assert_eq!(value(&series, "tenantry_requests_total", &by_base), 1.0);
+    assert_eq!(finished(&series, "tiny", "acme", "support", version, "premium"), 2.0);
+    assert_eq!(finished(&series, "tiny", "other", "_base", "_base", "shared"), 1.0);
     let tokens = |tenant, tier, kind| {
         value(&series, "tenantry_tokens_total", &[("tenant", tenant), ("tier", tier), ("kind", kind)])
     };
@@ -175,8 +180,69 @@ fn counters_add_up_to_what_was_sent_under_the_names_dashboards_know() {
     assert_eq!(refused("acme", "premium", "model_not_found"), 1.0);
     assert_eq!(refused("other", "shared", "model_not_found"), 1.0);
     assert_eq!(refused("_none", "_none", "invalid_api_key"), 1.0);
-    let first_token = [("tenant", "acme"), ("adapter", version), ("tier", "premium")];
+    let first_token = [("model_name", "tiny"), ("tenant", "acme"), ("adapter", version), ("tier", "premium")];
     assert_eq!(value(&series, "tenantry_time_to_first_token_seconds_count", &first_token), 2.0);
+}
+
+/// Requests that finished.
+fn finished(series: &Series, base: &str, tenant: &str, task: &str, adapter: &str, tier: &str) -> f64 {
+    let of = [("model_name", base), ("tenant", tenant), ("task", task), ("adapter", adapter), ("tier", tier)];
+    value(series, "tenantry_requests_total", &[&of[..], &[("outcome", "finished")]].concat())
+}
+
+#[test]
+fn two_bases_are_told_apart_and_a_missed_deadline_is_its_tenants() {
+    let folder = scratch("two-bases");
+    let mini = tiny::TinySpec { seed: 77, ..tiny::TinySpec::llama() }.write_hf(&folder.join("mini"));
+    let spec = NodeSpec::tiny(&folder.join("model")).with_base("mini", mini).with("[engine]\nkv_mib = 16");
+    let node = NodeProcess::start(&folder, &spec);
+    let acme = tenant(&node, "acme", &json!({"tier": "premium", "bases": ["tiny", "mini"]}));
+    let version = "acme-support-tiny-v1.0.0";
+    install(&node, version, &tiny::adapter(1, 4, &Linear::ALL));
+    for model in ["support", "support", "tiny", "mini", "mini", "mini", "mini"] {
+        let body = json!({"model": model, "prompt": [70, 71], "max_tokens": 3});
+        let answer = node.post("/v1/completions", &acme, &body);
+        assert_eq!(answer.status, 200, "{}", answer.text);
+    }
+    let long = json!({"model": "mini", "prompt": [70], "n": 8, "max_tokens": 1000, "ignore_eos": true, "logprobs": 5});
+    let request = agent().post(format!("{}/v1/completions", node.url())).header("x-tenantry-timeout-ms", "40");
+    let request = request.header("authorization", format!("Bearer {acme}")).header("content-type", "application/json");
+    let late = tests::process::read(request.send(long.to_string()).expect("the node answers"));
+    assert_eq!(late.status, 504, "{}", late.text);
+
+    // The record of the last answer follows by a moment.
+    let failed = |text: &str| text.contains("tenantry_failures_total{tenant=\"acme\"");
+    let settled = |text: &String| {
+        failed(text) && !text.contains("sequences{model_name=\"mini\",tenant=\"acme\",tier=\"premium\"} 8")
+    };
+    let mut texts = (0..100).map(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        node.metrics()
+    });
+    let (series, _) = parse(&texts.find(settled).expect("the failure is counted"));
+    let of_tenant = [("tenant", "acme"), ("tier", "premium")];
+    assert_eq!(value(&series, "tenantry_failures_total", &[&of_tenant[..], &[("code", late.code())]].concat()), 1.0);
+    assert_eq!(value(&series, "tenantry_invariant_violations_total", &[]), 0.0);
+    assert_eq!(finished(&series, "tiny", "acme", "support", version, "premium"), 2.0);
+    assert_eq!(finished(&series, "tiny", "acme", "_base", "_base", "premium"), 1.0);
+    assert_eq!(finished(&series, "mini", "acme", "_base", "_base", "premium"), 4.0);
+    for (base, queued, wanted, resident) in [("tiny", 3.0, 2.0, 1.0), ("mini", 5.0, 0.0, 0.0)] {
+        let of = |family: &str| value(&series, family, &[("model_name", base)]);
+        let by_tier = |family: &str| value(&series, family, &[("model_name", base), ("tier", "premium")]);
+        assert_eq!(by_tier("tenantry_queue_requests_submitted_total"), queued, "{base}");
+        assert_eq!(of("tenantry_adapter_hits_total") + of("tenantry_adapter_misses_total"), wanted, "{base}");
+        assert_eq!(of("tenantry_adapter_resident"), resident, "{base}");
+        assert!(of("tenantry_base_bytes") > 1e4, "{base}");
+        assert!((8e6..=16.0 * 1024.0 * 1024.0).contains(&of("tenantry_kv_bytes")), "{base}");
+        for family in ["tenantry_tenant_waiting_requests", "tenantry_tenant_running_sequences"] {
+            assert_eq!(value(&series, family, &[&[("model_name", base)], &of_tenant[..]].concat()), 0.0, "{base}");
+        }
+    }
+    let loads: BTreeMap<_, _> =
+        series.iter().filter(|(key, _)| key.starts_with("tenantry_adapter_load_seconds_count")).collect();
+    assert!(!loads.is_empty() && loads.keys().all(|key| key.contains("acme") && key.contains("tiny")), "{loads:?}");
+    let (told, real) = (value(&series, "process_resident_memory_bytes", &[]), node.resident_bytes() as f64);
+    assert!(told > real / 2.0 && told < real * 2.0, "{told} told, {real} found");
 }
 
 #[test]
@@ -219,6 +285,10 @@ fn adapters_in_use_are_named_while_their_requests_wait_or_run() {
     assert_eq!((&shared["tier"], &shared["tenants_waiting"]), (&json!("shared"), &json!(1)));
     assert!(shared["oldest_wait_s"].as_f64() > Some(0.0), "{shared}");
     assert_eq!(queue["tenants"][0]["tenant"], "acme", "{queue}");
+    let (series, _) = parse(&node.metrics());
+    let of_tenant = |family| value(&series, family, &[("model_name", "tiny"), ("tenant", "acme"), ("tier", "shared")]);
+    assert!(of_tenant("tenantry_tenant_waiting_requests") > 1.0);
+    assert_eq!(of_tenant("tenantry_tenant_running_sequences"), 1.0);
     drop(clients);
     assert!(shows(&info("", "")), "{}", node.metrics());
 }

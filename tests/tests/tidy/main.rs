@@ -195,10 +195,16 @@ fn no_leftovers_reach_main() {
     report("remove the leftover", &violations);
 }
 
+/// Whether metrics may be declared here: in a crate's metrics.rs and its parts.
+fn declares_metrics(path: &Path) -> bool {
+    !is_test_code(path)
+        && (path.ends_with("metrics.rs") || path.parent().is_some_and(|folder| folder.ends_with("metrics")))
+}
+
 #[test]
 fn metrics_are_declared_in_one_place_per_crate() {
     let mut violations = Vec::new();
-    for (path, text) in sources("rs").iter().filter(|(path, _)| !is_test_code(path) && !path.ends_with("metrics.rs")) {
+    for (path, text) in sources("rs").iter().filter(|(path, _)| !is_test_code(path) && !declares_metrics(path)) {
         for macro_name in ["counter!(\"", "gauge!(\"", "histogram!(\""] {
             if text.contains(macro_name) {
                 violations.push(format!("{}: {macro_name}…", path.display()));
@@ -206,6 +212,52 @@ fn metrics_are_declared_in_one_place_per_crate() {
         }
     }
     report("declare the metric in the crate's metrics.rs, with its meaning", &violations);
+}
+
+#[test]
+fn every_metric_says_what_it_means() {
+    let mut code = String::new();
+    for (_, text) in sources("rs").iter().filter(|(path, _)| declares_metrics(path)) {
+        let lines = without_tests(text).lines().filter(|line| !line.trim_start().starts_with("//"));
+        let words: Vec<&str> = lines.flat_map(str::split_whitespace).collect();
+        code += &words.join(" ").replace("( ", "(").replace("\\\"", "'");
+        code.push('\n');
+    }
+    let (mut violations, mut n_metrics) = (Vec::new(), 0);
+    let pieces: Vec<&str> = code.split('"').collect();
+    for (before, name) in pieces.iter().zip(&pieces[1..]).step_by(2) {
+        let is_ours = ["tenantry_", "vllm:", "process_"].iter().any(|family| name.starts_with(family));
+        let is_whole = name.bytes().all(|byte| byte.is_ascii_lowercase() || b"0123456789_:".contains(&byte));
+        if !is_ours || !is_whole || before.ends_with("Matcher::Prefix(") {
+            continue;
+        }
+        n_metrics += 1;
+        let constant = before.strip_suffix(": &str = ").and_then(|declared| declared.rsplit(' ').next());
+        let spelled = constant.map_or_else(|| format!("\"{name}\""), str::to_owned);
+        let has = |call: &str| code.contains(&format!("{call}{spelled},"));
+        let kinds = ["counter", "gauge", "histogram"];
+        let is_described = kinds.iter().any(|kind| has(&format!("describe_{kind}!(")));
+        // What the recorder cannot hold is announced where it is written.
+        if !is_described && !has("announce(text, ") && !has("family(") {
+            violations.push(format!("{name}: not described"));
+        }
+        let is_used_as = |kind: &str| [",", ")"].iter().any(|end| code.contains(&format!("{kind}!({spelled}{end}")));
+        let wrong = kinds.iter().filter(|kind| is_used_as(kind) && !has(&format!("describe_{kind}!(")));
+        violations.extend(wrong.map(|kind| format!("{name}: a {kind} that is not described as one")));
+    }
+    assert!(n_metrics > 100, "{n_metrics} mentions of metrics were found");
+    report("describe the metric where the crate's others are described", &violations);
+}
+
+#[test]
+fn broken_invariants_are_counted_where_they_are_logged() {
+    let aside = |path: &Path| path.ends_with("shared/src/error.rs") || is_test_code(path);
+    let violations: Vec<String> = sources("rs")
+        .iter()
+        .filter(|(path, text)| !aside(path) && text.contains("target: \"invariant\""))
+        .map(|(path, _)| path.display().to_string())
+        .collect();
+    report("say it with shared::violation! or shared::critical!", &violations);
 }
 
 #[test]

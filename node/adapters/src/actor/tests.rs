@@ -7,7 +7,6 @@ use model::adapter::{AdapterFiles, LoraAdapter};
 use shared::adapter::Residency;
 use shared::clock::SystemClock;
 use shared::hash::ContentHash;
-use shared::id::TenantId;
 use shared::seal::TenantKey;
 
 use super::*;
@@ -15,6 +14,7 @@ use crate::cache::CacheConfig;
 use crate::handle::LeaseDecision;
 use crate::lease::Lease;
 use crate::loader::HostFiles;
+use crate::store::Store;
 
 /// Reads from a real store; counts, and panics on demand.
 struct StoreLoader {
@@ -88,7 +88,7 @@ impl Bench {
         let store = Store::open(&dir, 1 << 24).expect("opens");
         let (hung, released) = std::sync::mpsc::channel();
         let loader = Arc::new(StoreLoader {
-            store: store.clone(),
+            store,
             key: TenantKey::random(),
             fetches: AtomicU32::new(0),
             panics: AtomicBool::new(false),
@@ -108,7 +108,8 @@ impl Bench {
             commands,
             loader: Arc::<StoreLoader>::clone(&loader),
             clock,
-            store: Some(store),
+            base: "tiny".parse().expect("a name"),
+            tenant_label: ToString::to_string,
         };
         let (actor, _) = Actor::spawn(None, AdapterCacheActor, args).await.expect("starts");
         Self { dir, cache, loader, actor, woken, acme: "acme".parse().expect("tenant"), time, hung }
