@@ -22,6 +22,7 @@ use coordinator::auth::{AuthError, AuthedTenant, Scope};
 use coordinator::journal::idempotency::RequestIds;
 use coordinator::registry::Registry;
 use coordinator::resolve::{Target, resolve, visible_models};
+use coordinator::route::no_node;
 use parking_lot::Mutex;
 use shared::clock::Clock;
 use shared::cluster::{NodeLoad, NodePhase};
@@ -33,7 +34,7 @@ use shared::tenant::TenantContract;
 use tokio::sync::{Notify, Semaphore, watch};
 
 use crate::base_room::BaseRoom;
-use crate::cluster::ClusterNode;
+use crate::cluster::{ClusterNode, member_spec, place};
 use crate::gateway::backend::{
     Backend, CancelOnDrop, Check, Events, ModelCard, Prepared, RateState, Refused, Resumed, Running, Served,
 };
@@ -276,6 +277,9 @@ impl App {
         // Which weights? A name that is not the tenant's own goes nowhere.
         let target = resolve(&contract, &request.model)?;
         let room = Arc::clone(self.room(&target.base)?);
+        if self.cluster.is_none() && !place(&target.base, &contract).admits(&member_spec(&self.node)) {
+            return Err(no_node().into());
+        }
 
         // What exactly is to be generated? Template, tokenizer, context, vocabulary, grammar.
         let mut generation = encode::encode(&room, &contract.tenant, &mut request, &self.encoding).await?;
@@ -355,7 +359,10 @@ impl App {
         reservation: Reservation,
     ) -> Tap {
         let admission = Arc::clone(&self.admission);
-        let settle = Box::new(move |used| admission.lock().settle(reservation, used));
+        let settle = Box::new(move |used| match used {
+            Some(used) => admission.lock().settle(reservation, used),
+            None => admission.lock().undo(reservation),
+        });
         let (key, cost_center) = (who.key_id().to_string(), contract.cost_center.clone());
         Tap::new(Arc::clone(envelope), key, cost_center, settle, self.journal.clone(), Arc::clone(&self.clock))
     }

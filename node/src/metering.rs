@@ -3,7 +3,8 @@
 //! [`Tap`] sits on the request's events at the entry node and counts what the client's side took; when the
 //! request ends, however it ends, it hands exactly one [`UsageRecord`] to the [`journal`]. The client's own
 //! view (a lost stream, a missing usage chunk) plays no part. A request that never entered the batch costs
-//! nothing: its record says 0 prompt tokens.
+//! nothing: its record says 0 prompt tokens. One that another node's queue refused has no record at all, as if it had
+//! been refused at the door.
 
 pub mod journal;
 
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use shared::clock::Clock;
+use shared::error::ErrorKind;
 use shared::hash::ContentHash;
 use shared::id::{AdapterName, BaseName, TaskName, TenantId};
 use shared::request::Envelope;
@@ -86,6 +88,9 @@ pub struct UsageRecord {
     pub contract_epoch: u64,
 }
 
+/// Is told the tokens that a request used; `None` if it was refused and gets back all it had taken.
+pub type Settle = Box<dyn FnOnce(Option<u64>) + Send>;
+
 /// Counts one request's delivered events.
 pub struct Tap {
     envelope: Arc<Envelope>,
@@ -107,19 +112,21 @@ pub struct Tap {
     failure: Option<&'static str>,
     fell_back: bool,
     last_token_at: Option<Instant>,
-    settle: Option<Box<dyn FnOnce(u64) + Send>>,
+    /// Why the queue where it should have run did not take it.
+    refused: Option<&'static str>,
+    settle: Option<Settle>,
     in_use: Option<InUse>,
 }
 
 // === impl Tap ===
 
 impl Tap {
-    /// Starts counting an admitted request. `settle` is told the tokens used when it ends.
+    /// Starts counting an admitted request.
     pub fn new(
         envelope: Arc<Envelope>,
         key: String,
         cost_center: Option<String>,
-        settle: Box<dyn FnOnce(u64) + Send>,
+        settle: Settle,
         journal: Journal,
         clock: Arc<dyn Clock>,
     ) -> Self {
@@ -143,6 +150,7 @@ impl Tap {
             failure: None,
             fell_back: false,
             last_token_at: None,
+            refused: None,
             settle: Some(settle),
         }
     }
@@ -194,7 +202,11 @@ impl EventTap for Tap {
                 self.compute += *compute;
                 crate::metrics::request_finished(&self.envelope, finish_label(reason));
             }
-            TokenEvent::Failed(error) => self.failure = Some(error.code),
+            TokenEvent::Failed(error) => {
+                self.failure = Some(error.code);
+                let took_nothing = !self.started && self.delivered.iter().all(|&count| count == 0);
+                self.refused = (error.kind == ErrorKind::Throttled && took_nothing).then_some(error.code);
+            }
         }
     }
 
@@ -247,11 +259,16 @@ impl Tap {
 
 impl Drop for Tap {
     fn drop(&mut self) {
+        let settle = self.settle.take();
+        if let Some(code) = self.refused {
+            crate::metrics::rejected(Some((&self.envelope.route.tenant, self.envelope.tier)), code);
+            return settle.into_iter().for_each(|settle| settle(None));
+        }
         let record = self.record();
         crate::metrics::request_ended(&self.envelope, &record, self.failure);
         self.journal.append(&record);
-        if let Some(settle) = self.settle.take() {
-            settle(self.used_tokens());
+        if let Some(settle) = settle {
+            settle(Some(self.used_tokens()));
         }
     }
 }
@@ -266,8 +283,6 @@ fn finish_label(reason: &FinishReason) -> &'static str {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::sync::atomic::{AtomicU64, Ordering};
-
     use shared::clock::ManualClock;
     use shared::error::RequestError;
     use shared::id::{RequestId, Route};
@@ -308,14 +323,13 @@ pub(crate) mod tests {
         }
     }
 
-    /// The record of a request that saw `events`, and the tokens it was settled with.
-    fn account(name: &str, events: &[TokenEvent], closed: bool) -> (UsageRecord, u64) {
+    /// What the journal holds of a request that saw `events`, and the tokens it was settled with.
+    fn written(name: &str, events: &[TokenEvent], closed: bool) -> (String, Option<u64>) {
         let folder = std::env::temp_dir().join(format!("tenantry-tap-{name}-{}", std::process::id()));
         let journal = Journal::open(&folder).expect("opens");
         let clock = ManualClock::default();
-        let settled = Arc::new(AtomicU64::new(u64::MAX));
-        let told = Arc::clone(&settled);
-        let settle = Box::new(move |used| told.store(used, Ordering::SeqCst));
+        let (tell, told) = std::sync::mpsc::channel();
+        let settle = Box::new(move |used| tell.send(used).expect("somebody listens"));
         let envelope = Arc::new(envelope(&clock));
         let mut tap = Tap::new(envelope, "k1".into(), None, settle, journal.clone(), Arc::new(clock));
         events.iter().for_each(|event| tap.observe(event));
@@ -328,7 +342,13 @@ pub(crate) mod tests {
         journal.close();
         let text = std::fs::read_to_string(folder.join("usage-00000000.jsonl")).expect("a segment");
         std::fs::remove_dir_all(&folder).expect("a test folder can go");
-        (serde_json::from_str(&text).expect("one record"), settled.load(Ordering::SeqCst))
+        (text, told.try_recv().expect("settled once"))
+    }
+
+    /// The record of a request that saw `events`, and the tokens it was settled with.
+    fn account(name: &str, events: &[TokenEvent], closed: bool) -> (UsageRecord, u64) {
+        let (text, used) = written(name, events, closed);
+        (serde_json::from_str(&text).expect("one record"), used.expect("it was not refused"))
     }
 
     fn started() -> TokenEvent {
@@ -350,6 +370,14 @@ pub(crate) mod tests {
         assert_eq!((record.prompt_tokens, record.outcome, used), (0, Outcome::Cancelled, 0));
         let (record, used) = account("refused", &[TokenEvent::Failed(RequestError::internal())], false);
         assert_eq!((record.prompt_tokens, record.outcome, used), (0, Outcome::Failed, 0));
+    }
+
+    #[test]
+    fn a_request_that_another_nodes_queue_refused_gets_back_what_it_took_and_has_no_record() {
+        let full = || TokenEvent::Failed(RequestError::new(ErrorKind::Throttled, "queue_full", "full"));
+        assert_eq!(written("throttled", &[full()], false), (String::new(), None));
+        let (record, used) = account("moved", &[started(), token(), full()], false);
+        assert_eq!((record.outcome, used), (Outcome::Failed, 4), "what ran is paid for");
     }
 
     #[test]
