@@ -3,8 +3,8 @@
 //! A node sees the requests it serves. [`activity`] turns them into a probability that a route is asked for soon, and
 //! [`plan`] turns probabilities into a short list of loads under a budget: only where an idle place is free, or held
 //! by an adapter that is much less likely to be asked for; places in use are not looked at. When the ring changes,
-//! [`moved`] says which routes a node is about to get or lose. Commands carry the epoch of the table they were planned
-//! with; a node refuses older ones. Nothing here loads anything.
+//! [`moved`] says which routes a node is about to get or lose. Hints carry the epoch of the table they were planned
+//! with; a node that knows better takes none for tenants that it does not serve. Nothing here loads anything.
 
 use shared::id::{NodeId, Route};
 

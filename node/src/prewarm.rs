@@ -2,7 +2,8 @@
 //!
 //! A node remembers which of its tenants' tasks are asked for and when. From that it plans loads for itself, a few a
 //! minute and never against what tenants ask for now; it tells the successor of each likely tenant, and the new home of
-//! those that a change of the ring takes from it. Whoever is told has the last word: a node that is full ignores it.
+//! those that a change of the ring takes from it. Whoever is told has the last word: it takes out an idle adapter for
+//! another's only if that is much less likely to be asked for.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -11,10 +12,10 @@ use std::time::Duration;
 use adapters::cache::ahead::Resident;
 use coordinator::prewarm::activity::Activity;
 use coordinator::prewarm::moved;
-use coordinator::prewarm::plan::{Caution, Known, Room, Step, plan};
+use coordinator::prewarm::plan::{AHEAD, Caution, EVERY, Known, Room, Step, loads_max, plan};
 use coordinator::registry::snapshot::Snapshot;
 use coordinator::resolve::resolve;
-use coordinator::route::{Place, RoutingTable};
+use coordinator::route::{Arrival, Place, RoutingTable};
 use shared::adapter::AdapterRef;
 use shared::id::{BaseName, NodeId, Route};
 use shared::tenant::TenantContract;
@@ -25,14 +26,10 @@ use crate::base_room::BaseRoom;
 use crate::cluster::{ClusterNode, place};
 use crate::metrics;
 
-/// Between two plans.
-const EVERY: Duration = Duration::from_secs(60);
-/// How far ahead a plan looks.
-const AHEAD: Duration = Duration::from_secs(300);
-/// Loads that one plan may start on a node, and adapters it may name to another.
-const LOADS: usize = 4;
 /// An adapter that was fetched on a guess is wanted for this long.
 const WANTED_FOR: Duration = Duration::from_secs(60);
+/// How likely an adapter is that another node names: it names only those that it is sure of, and knows them better.
+const HINTED: f64 = 0.75;
 /// Longest wait for another node to take a hint.
 const TELL_WITHIN: Duration = Duration::from_secs(1);
 
@@ -126,33 +123,44 @@ pub async fn run(app: Weak<App>) {
 
 /// Loads what this node's tenants are about to ask for.
 fn warm_here(app: &App, room: &BaseRoom) {
-    let snapshot = app.registry().snapshot();
-    let likely = app.prewarmer().likely(app.wall(), &snapshot);
-    let resident: BTreeMap<AdapterRef, Resident> =
-        room.cache.residents().into_iter().map(|resident| (resident.adapter.clone(), resident)).collect();
-    let mut known: BTreeMap<AdapterRef, Known> = resident
-        .values()
-        .map(|resident| {
-            let adapter = resident.adapter.clone();
-            let (bytes, leased) = (resident.bytes, resident.leased);
-            (adapter.clone(), Known { adapter, bytes, likely: 0.0, resident: true, leased })
-        })
-        .collect();
+    let slots = app.config().adapters.slots;
+    carry_out(app, room, known_here(app, room), loads_max(slots), "plan");
+}
+
+/// The adapters in memory, and those that are likely to be asked for.
+fn known_here(app: &App, room: &BaseRoom) -> BTreeMap<AdapterRef, Known> {
+    let known = |resident: Resident| {
+        let Resident { adapter, bytes, leased, .. } = resident;
+        (adapter.clone(), Known { adapter, bytes, likely: 0.0, resident: true, leased })
+    };
+    let mut known: BTreeMap<AdapterRef, Known> = room.cache.residents().into_iter().map(known).collect();
+    let likely = app.prewarmer().likely(app.wall(), &app.registry().snapshot());
     for Likely { adapter, bytes, likely, .. } in likely.into_iter().filter(|likely| likely.place.base == room.name) {
         let fresh = || Known { adapter: adapter.clone(), bytes, likely, resident: false, leased: false };
         let known = known.entry(adapter.clone()).or_insert_with(fresh);
         known.likely = known.likely.max(likely);
     }
+    known
+}
+
+fn carry_out(app: &App, room: &BaseRoom, known: BTreeMap<AdapterRef, Known>, loads: usize, reason: &'static str) {
     let config = &app.config().adapters;
-    let budget = Room { slots: config.slots, bytes: config.engine_bytes as u64, loads: LOADS };
+    let budget = Room { slots: config.slots, bytes: config.engine_bytes as u64, loads };
     for step in plan(known.into_values().collect(), budget, Caution::default()) {
         match step {
             Step::Cool(adapter) => room.cache.cool(&adapter.id()),
             Step::Warm(adapter) => {
-                metrics::prewarmed("plan");
+                metrics::prewarmed(reason);
                 room.cache.want(&adapter, app.now() + WANTED_FOR);
             }
         }
+    }
+}
+
+/// Tells those who serve this node's tenants from now on what they are likely to be asked for.
+pub async fn before_leaving(app: &App) {
+    if let Some(cluster) = app.cluster() {
+        tell_successors(app, cluster).await;
     }
 }
 
@@ -162,12 +170,13 @@ async fn tell_successors(app: &App, cluster: &ClusterNode) {
     let table = cluster.coordinator().tables().borrow().clone();
     let likely = app.prewarmer().likely(app.wall(), &snapshot);
     let sure = likely.into_iter().filter(|likely| likely.likely >= Caution::default().likely_min);
+    let most = loads_max(app.config().adapters.slots);
     let mut told = BTreeMap::<NodeId, usize>::new();
     for likely in sure {
         let Some(owners) = table.owners(&likely.place, &likely.route.tenant) else { continue };
         let (true, Some(successor)) = (owners.home == table.me(), owners.successor) else { continue };
         let n_told = told.entry(successor.clone()).or_default();
-        if *n_told < LOADS {
+        if *n_told < most {
             *n_told += 1;
             tell(cluster, successor, table.epoch(), &likely).await;
         }
@@ -195,15 +204,21 @@ async fn tell(cluster: &ClusterNode, to: &NodeId, epoch: u64, likely: &Likely) {
     }
 }
 
-/// Another node expects this adapter to be asked for here. Taken only where a place is free: it may be wrong.
+/// Another node expects this adapter to be asked for here.
 pub fn on_hint(app: &App, epoch: u64, base: &BaseName, adapter: &AdapterRef) {
-    let newest = app.cluster().map_or(0, |cluster| cluster.coordinator().tables().borrow().epoch());
-    let Some(room) = app.rooms().get(base) else { return };
-    if epoch < newest || room.cache.stats().resident >= app.config().adapters.slots {
-        return;
-    }
-    metrics::prewarmed("hint");
-    room.cache.want(adapter, app.now() + WANTED_FOR);
+    let snapshot = app.registry().snapshot();
+    let (Some(cluster), Some(room)) = (app.cluster(), app.rooms().get(base)) else { return };
+    let Some(tenant) = snapshot.tenant(&adapter.tenant) else { return };
+    let table = cluster.coordinator().tables().borrow().clone();
+    // A table that is older than ours may send a tenant here that is served elsewhere.
+    let arrival = table.on_arrival(&place(base, tenant.contract()), &adapter.tenant, epoch);
+    let stored = tenant.record().adapters.values().find(|known| known.hash == adapter.hash);
+    let (Arrival::Serve, Some(bytes)) = (arrival, stored.map(|known| known.bytes)) else { return };
+    let mut known = known_here(app, room);
+    known.retain(|_, known| known.resident);
+    let hinted = Known { adapter: adapter.clone(), bytes, likely: HINTED, resident: false, leased: false };
+    known.entry(adapter.clone()).or_insert(hinted);
+    carry_out(app, room, known, 1, "hint");
 }
 
 /// Starts planning for `app`.

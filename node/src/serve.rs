@@ -44,6 +44,8 @@ const METRICS_UPKEEP_EVERY: Duration = Duration::from_secs(5);
 
 /// Between two looks at how busy the node is, for the other nodes.
 const LOAD_EVERY: Duration = Duration::from_millis(100);
+/// Longest that a node which leaves spends on naming its tenants' adapters to their successors.
+const NAME_WITHIN: Duration = Duration::from_millis(500);
 /// Of the drain time, this much at its end is for streams that other nodes take over.
 const HAND_OVER_WITHIN: Duration = Duration::from_secs(5);
 /// Longest wait at the end for requests whose connections were cut.
@@ -302,6 +304,10 @@ async fn reload_tls(tls: Option<&(RustlsConfig, TlsConfig)>) {
 
 /// Refuses new requests, waits for running ones up to the drain time (a second signal ends the wait), flushes.
 async fn stop(app: Arc<App>, supervisor: ActorRef<SupervisorMsg>, clients: Port, admins: Port, orderly: bool) {
+    if orderly {
+        // Before the others send our tenants elsewhere.
+        let _ = tokio::time::timeout(NAME_WITHIN, prewarm::before_leaving(&app)).await;
+    }
     app.start_draining();
     app.say(NodePhase::Draining);
     tracing::info!(in_flight = app.n_in_flight(), "node stops");

@@ -1,6 +1,18 @@
 //! Which adapters to load ahead of time (core): the likeliest first, within a budget.
 
+use std::time::Duration;
+
 use shared::adapter::AdapterRef;
+
+/// Between two plans of a node.
+pub const EVERY: Duration = Duration::from_secs(300);
+/// How far ahead a plan looks.
+pub const AHEAD: Duration = Duration::from_secs(900);
+
+/// Loads that one plan may start on a node with this many places.
+pub fn loads_max(slots: usize) -> usize {
+    slots.div_ceil(5)
+}
 
 /// An adapter that a node could have in memory.
 #[derive(Debug, Clone, PartialEq)]

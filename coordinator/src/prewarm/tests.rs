@@ -9,7 +9,7 @@ use shared::hash::ContentHash;
 use shared::id::Route;
 
 use super::activity::Activity;
-use super::plan::{Caution, Known, Room, Step, plan};
+use super::plan::{AHEAD, Caution, EVERY, Known, Room, Step, loads_max, plan};
 use super::*;
 use crate::membership::detector::Health;
 use crate::membership::{ClusterView, Member, SHARE_PARTS};
@@ -203,7 +203,7 @@ mod replay {
         loads: u32,
     }
 
-    /// The last two weeks of the trace on one node with an LRU of `SLOTS`, with or without plans every five minutes.
+    /// The last two weeks of the trace on one node with an LRU of `SLOTS`, with or without plans.
     fn run(trace: &[(u64, usize)], prewarm: bool) -> Outcome {
         let adapters: Vec<AdapterRef> = (0..TENANTS).map(adapter).collect();
         let routes: Vec<Route> = (0..TENANTS).map(route).collect();
@@ -214,17 +214,17 @@ mod replay {
         let mut last = BTreeMap::<usize, u64>::new();
         let mut planned_at = 0;
         for (now, tenant) in trace {
-            while prewarm && planned_at + 300 <= *now {
-                planned_at += 300;
+            while prewarm && planned_at + EVERY.as_secs() <= *now {
+                planned_at += EVERY.as_secs();
                 let wall = at(planned_at);
                 let known = (0..TENANTS).map(|i| Known {
                     adapter: adapters[i].clone(),
                     bytes: 1,
-                    likely: activity.likely(wall, at(900), &routes[i]),
+                    likely: activity.likely(wall, AHEAD, &routes[i]),
                     resident: resident.contains_key(&i),
                     leased: last.get(&i).is_some_and(|at| planned_at - at < 5),
                 });
-                let room = Room { slots: SLOTS, bytes: SLOTS as u64, loads: 8 };
+                let room = Room { slots: SLOTS, bytes: SLOTS as u64, loads: loads_max(SLOTS) };
                 for step in plan(known.collect(), room, Caution::default()) {
                     match step {
                         Step::Cool(adapter) => _ = resident.remove(&index[&adapter]),

@@ -10,3 +10,4 @@ mod network;
 mod registry;
 mod doors;
 mod places;
+mod warm;

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use coordinator::prewarm::activity::Activity;
-use coordinator::prewarm::plan::{Caution, Known, Room, Step, plan};
+use coordinator::prewarm::plan::{AHEAD, Caution, EVERY, Known, Room, Step, loads_max, plan};
 use coordinator::route::RoutingTable;
 use serde::Serialize;
 use shared::adapter::AdapterRef;
@@ -23,12 +23,6 @@ const WEEKS: u64 = 5;
 const COUNTED_FROM_S: u64 = 3 * WEEK_S;
 /// Plans are made from this time on: a plan needs habits, and what was warm three days before does not last.
 const PLANNED_FROM_S: u64 = COUNTED_FROM_S - 3 * DAY_S;
-/// Time between plans.
-const PLAN_EVERY_S: u64 = 300;
-/// How far a plan looks ahead.
-const AHEAD: Duration = Duration::from_secs(900);
-/// Loads that one plan may start for every forty places.
-const LOADS_PER_40: usize = 8;
 
 /// What became of requests.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
@@ -148,7 +142,7 @@ impl Replay {
         for (now_s, index) in &self.requests {
             while prewarm && plan_at_s <= *now_s {
                 self.plan(&mut cache, plan_at_s);
-                plan_at_s += PLAN_EVERY_S;
+                plan_at_s += EVERY.as_secs();
             }
             self.on_request(&mut cache, *now_s, *index);
         }
@@ -183,7 +177,7 @@ impl Replay {
             resident: cache.resident.contains_key(&index),
             leased: cache.asked_at[index].is_some_and(|at| now_s - at < 5),
         });
-        let loads = (LOADS_PER_40 * self.slots).div_ceil(40);
+        let loads = loads_max(self.slots);
         let room = Room { slots: self.slots, bytes: self.slots as u64, loads };
         for step in plan(known.collect(), room, Caution::default()) {
             match step {
