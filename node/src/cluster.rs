@@ -29,6 +29,7 @@ use shared::id::{BaseName, NodeId, RequestId};
 use shared::request::{Emitted, Envelope};
 use shared::tenant::TenantContract;
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 use wire::node::{Answer, Hello, JournalDelta, JournalRecord, Request, Response, ServedBase, Start};
 
 use crate::app::App;
@@ -67,6 +68,8 @@ pub struct ClusterNode {
     records: Mutex<Records>,
     clock: Arc<dyn Clock>,
     started_at: Instant,
+    /// Tell the coordinator of connections that break, as long as this lives.
+    _links: JoinSet<()>,
 }
 
 /// Counts one request of another node while it runs here.
@@ -143,6 +146,16 @@ impl ClusterNode {
         let coordinator = Coordinator::new(options, Arc::new(PeerHeart(net.clone())), Arc::clone(&clock));
         let roads = Arc::new(Roads { me: me.clone(), net: net.clone(), app: OnceLock::new() });
         let forwarder = Arc::new(Forwarder::new(Arc::clone(&roads), coordinator.tables(), Arc::clone(&clock)));
+        let mut links = JoinSet::new();
+        for peer in config.nodes.iter().map(|node| node.name.clone()).filter(|name| name != me) {
+            let (net, coordinator) = (net.clone(), coordinator.clone());
+            links.spawn(async move {
+                loop {
+                    net.lost(&peer).await;
+                    coordinator.lost(&peer);
+                }
+            });
+        }
         Arc::new(Self {
             net,
             coordinator,
@@ -153,6 +166,7 @@ impl ClusterNode {
             records: Mutex::default(),
             started_at: clock.now(),
             clock,
+            _links: links,
         })
     }
 
@@ -265,7 +279,7 @@ impl ClusterNode {
         deltas.iter().try_for_each(|delta| records.put(now, from, delta))
     }
 
-    /// Hands a record out to a node that goes on with its request.
+    /// Hands a copy of a record out to a node that may go on with its request.
     pub fn hand_out(&self, id: RequestId) -> Option<JournalRecord> {
         self.records.lock().take(self.clock.now(), id)
     }
@@ -280,7 +294,8 @@ impl ClusterNode {
         self.records.lock().forget(self.clock.now())
     }
 
-    /// The record of a request, from whoever keeps it. Its former entry node may write no more.
+    /// A copy of the record of a request, from whoever keeps it. Nothing changes for its entry node before this one goes
+    /// on with the request.
     pub async fn take_record(&self, id: RequestId) -> Option<JournalRecord> {
         let table = self.coordinator.tables().borrow().clone();
         let (here, others): (Vec<_>, Vec<_>) = whom_to_ask(&table, id).into_iter().partition(|node| node == table.me());

@@ -196,6 +196,17 @@ impl PeerNet {
         }
     }
 
+    /// Ends when a connection to a peer that is up, or will be, is lost, or never.
+    pub async fn lost(&self, to: &NodeId) {
+        let Some(peer) = self.0.peers.get(to) else { return std::future::pending().await };
+        let mut link = peer.link.clone();
+        for is_up in [true, false] {
+            if link.wait_for(|link| matches!(link, Link::Up { .. }) == is_up).await.is_err() {
+                std::future::pending().await
+            }
+        }
+    }
+
     /// What a connected peer said of itself.
     pub fn hello_of(&self, node: &NodeId) -> Option<Arc<Hello>> {
         match &*self.0.peers.get(node)?.link.borrow() {
