@@ -11,3 +11,4 @@ mod registry;
 mod doors;
 mod places;
 mod warm;
+mod objects;
