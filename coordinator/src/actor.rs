@@ -11,12 +11,12 @@ use ractor::{Actor, ActorProcessingErr, ActorRef, SpawnErr};
 use shared::clock::Clock;
 use shared::cluster::{Heartbeat, NodeLoad, NodePhase};
 use shared::id::NodeId;
-use tokio::sync::watch;
 
 use crate::membership::detector::DetectorRules;
 use crate::membership::{Change, MemberSpec, Membership, Own};
 use crate::ring::RingKey;
-use crate::route::{Expected, PlacedTenant, Routes, RoutingTable};
+use crate::route::{Expected, PlacedTenant, Routes};
+use crate::tables::Tables;
 
 /// Ticks in a heartbeat: silence is judged this much finer than it is broken.
 const TICKS_PER_BEAT: u32 = 2;
@@ -58,11 +58,11 @@ struct Inner {
     ring_key: RingKey,
     membership: Mutex<Membership>,
     /// Never taken while the membership is held: a table of a large cluster takes its time, hearing must not wait.
-    tables_made: Mutex<Tables>,
-    tables: watch::Sender<Arc<RoutingTable>>,
+    tables_made: Mutex<Made>,
+    tables: Tables,
 }
 
-struct Tables {
+struct Made {
     routes: Routes,
     ticks: u32,
     published: u32,
@@ -78,8 +78,8 @@ impl Coordinator {
         let CoordinatorOptions { me, own, nodes, interval, ring_key } = options;
         let membership = Membership::new(clock.now(), &me, own, nodes, DetectorRules::with_interval(interval));
         let mut routes = Routes::new(ring_key.clone());
-        let tables = watch::Sender::new(Arc::new(routes.table(membership.view())));
-        let tables_made = Mutex::new(Tables { routes, ticks: 0, published: 0, stale: false });
+        let tables = Tables::new(routes.table(membership.view()));
+        let tables_made = Mutex::new(Made { routes, ticks: 0, published: 0, stale: false });
         let membership = Mutex::new(membership);
         Self { inner: Arc::new(Inner { clock, heart, interval, ring_key, membership, tables_made, tables }) }
     }
@@ -100,8 +100,8 @@ impl Coordinator {
     }
 
     /// The routing table, now and as it changes.
-    pub fn tables(&self) -> watch::Receiver<Arc<RoutingTable>> {
-        self.inner.tables.subscribe()
+    pub fn tables(&self) -> Tables {
+        self.inner.tables.clone()
     }
 
     /// A peer's heartbeat came.
@@ -147,7 +147,7 @@ impl Coordinator {
         }
     }
 
-    fn publish(&self, tables: &mut Tables, now: Instant) {
+    fn publish(&self, tables: &mut Made, now: Instant) {
         let (change, view) = {
             let mut membership = self.membership();
             (membership.on_tick(now), membership.view())
@@ -158,7 +158,7 @@ impl Coordinator {
             tables.stale = false;
             tables.published = tables.ticks;
             let table = tables.routes.table(view);
-            self.inner.tables.send_replace(Arc::new(table));
+            self.inner.tables.publish(table);
         }
     }
 

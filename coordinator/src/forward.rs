@@ -20,7 +20,7 @@ use shared::hash::ContentHash;
 use shared::id::NodeId;
 use shared::request::{Emitted, Envelope, Grammar};
 use shared::token::TokenEvent;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use wire::node::{Answer, JournalRecord, Request, Response, Start};
 
 use crate::failover::budget::RetryBudget;
@@ -28,7 +28,8 @@ use crate::failover::quarantine::Quarantine;
 use crate::failover::{Around, Attempt, Command, End, Failover, Verdict};
 use crate::journal::records::understood;
 use crate::journal::trail::{Kept, Put, Trail};
-use crate::route::{Place, RoutingTable, SERVE_HERE, no_node};
+use crate::route::{Place, SERVE_HERE, no_node};
+use crate::tables::Tables;
 
 /// How long after its deadline a request is ended by the entry node, should its owner not have said so.
 const DEADLINE_GRACE: Duration = Duration::from_secs(1);
@@ -88,7 +89,7 @@ pub struct Journey {
 /// Carries the requests of an entry node.
 pub struct Forwarder<C> {
     carrier: Arc<C>,
-    tables: watch::Receiver<Arc<RoutingTable>>,
+    tables: Tables,
     budget: Mutex<RetryBudget>,
     quarantine: Mutex<Quarantine>,
     clock: Arc<dyn Clock>,
@@ -98,7 +99,7 @@ pub struct Forwarder<C> {
 
 impl<C: Carrier> Forwarder<C> {
     /// A forwarder that routes by `tables`.
-    pub fn new(carrier: Arc<C>, tables: watch::Receiver<Arc<RoutingTable>>, clock: Arc<dyn Clock>) -> Self {
+    pub fn new(carrier: Arc<C>, tables: Tables, clock: Arc<dyn Clock>) -> Self {
         let budget = Mutex::new(RetryBudget::new(clock.now()));
         Self { carrier, tables, budget, quarantine: Mutex::default(), clock }
     }
@@ -129,17 +130,7 @@ impl<C: Carrier> Forwarder<C> {
             Failover::resumed(place, tenant, emitted, attempt, mark)
         };
         let tables = self.tables.clone();
-        let ride = Ride {
-            forwarder: self,
-            envelope,
-            failover,
-            tables,
-            open: true,
-            legs: [None, None],
-            journal,
-            attempt,
-            events,
-        };
+        let ride = Ride { forwarder: self, envelope, failover, tables, legs: [None, None], journal, attempt, events };
         ride.run().await;
     }
 
@@ -184,9 +175,7 @@ struct Ride<'a, C: Carrier> {
     forwarder: &'a Forwarder<C>,
     envelope: Envelope,
     failover: Failover,
-    tables: watch::Receiver<Arc<RoutingTable>>,
-    /// Tables may still change.
-    open: bool,
+    tables: Tables,
     /// The current run and its challenger, in any order.
     legs: [Option<Leg<C::Run>>; 2],
     journal: Option<Journal>,
@@ -197,7 +186,7 @@ struct Ride<'a, C: Carrier> {
 
 enum Happened {
     Answer(Attempt, NodeId, Result<Option<Answer>, Lost>),
-    Table(bool),
+    Table,
     Kept(NodeId, Kept),
     Tick,
     ClientGone,
@@ -252,10 +241,7 @@ impl<C: Carrier> Ride<'_, C> {
                     ControlFlow::Continue(commands) => commands,
                     ControlFlow::Break(()) => return,
                 },
-                Happened::Table(open) => {
-                    self.open = open;
-                    self.decide(|failover, around| failover.on_table(around))
-                }
+                Happened::Table => self.decide(|failover, around| failover.on_table(around)),
                 Happened::Kept(keeper, kept) => {
                     self.on_kept(&keeper, kept);
                     Vec::new()
@@ -277,7 +263,7 @@ impl<C: Carrier> Ride<'_, C> {
         tokio::select! {
             biased;
             () = self.events.closed() => Happened::ClientGone,
-            changed = self.tables.changed(), if self.open => Happened::Table(changed.is_ok()),
+            () = self.tables.changed() => Happened::Table,
             happened = recv(one) => happened,
             happened = recv(other) => happened,
             happened = put(&mut self.journal) => happened,
@@ -333,7 +319,7 @@ impl<C: Carrier> Ride<'_, C> {
 
     fn decide(&mut self, decide: impl FnOnce(&mut Failover, &mut Around<'_>) -> Vec<Command>) -> Vec<Command> {
         let now = self.now();
-        let table = self.tables.borrow_and_update().clone();
+        let table = self.tables.borrow_and_update();
         let mut budget = lock(&self.forwarder.budget);
         decide(&mut self.failover, &mut Around { now, table: &table, budget: &mut budget })
     }

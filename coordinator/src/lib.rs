@@ -30,6 +30,7 @@ pub mod route;
 pub mod failover;
 pub mod journal;
 pub mod prewarm;
+pub mod tables;
 pub mod actor;
 pub mod forward;
 #[cfg(test)]

@@ -92,13 +92,13 @@ pub async fn run(app: Weak<App>) {
     loop {
         let changed = async {
             match &mut tables {
-                Some(tables) => tables.changed().await.is_ok(),
+                Some(tables) => tables.changed().await,
                 None => std::future::pending().await,
             }
         };
         let ring_changed = tokio::select! {
             _ = every.tick() => false,
-            alive = changed => if alive { true } else { return },
+            () = changed => true,
         };
         let Some(app) = app.upgrade() else { return };
         match (&cluster, &mut before, ring_changed) {
