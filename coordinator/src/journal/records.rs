@@ -1,9 +1,9 @@
 //! The records that a node keeps for other nodes' requests (core). Held by the node behind one short lock, filled and
 //! asked by its peer door, and by itself when a client comes back to the very node that keeps its record.
 //!
-//! A record belongs to one entry node at a time. Taking it gives it a higher attempt and no owner: what the former
-//! entry node still sends is refused, and the next that opens it under that attempt owns it. So does one that opens it
-//! under a higher attempt than its owner's: it took the request over from another keeper.
+//! A record belongs to one entry node at a time. Taking it hands a copy out under a higher attempt and changes nothing
+//! here, since whoever takes it may find that it is not its client's. The next that opens it under a higher attempt owns
+//! it, be its copy from here or from another keeper, and what the former entry node still sends is refused.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -36,8 +36,10 @@ pub const GAP: &str = "journal_gap";
 #[derive(Debug)]
 struct Entry {
     record: JournalRecord,
-    /// The entry node that writes it; none after it was taken.
-    owner: Option<NodeId>,
+    /// The entry node that writes it.
+    owner: NodeId,
+    /// Highest attempt under which a copy was handed out; 0 when none was.
+    handed_out: u32,
     at: Instant,
 }
 
@@ -70,16 +72,17 @@ impl Records {
     /// # Errors
     /// [`TAKEN`] when another node goes on with the request.
     pub fn open(&mut self, now: Instant, from: &NodeId, record: JournalRecord) -> Result<(), RequestError> {
+        let mut handed_out = 0;
         if let Some(entry) = self.entries.get(&record.envelope.id) {
-            let others = entry.owner.as_ref().is_some_and(|owner| owner != from);
             let known = entry.record.attempt;
-            if record.attempt < known || others && record.attempt == known {
+            if record.attempt < known || entry.owner != *from && record.attempt == known {
                 return Err(taken());
             }
+            handed_out = entry.handed_out;
         }
         self.remove(&record.envelope.id);
         self.bytes += bytes(&record);
-        self.entries.insert(record.envelope.id, Entry { record, owner: Some(from.clone()), at: now });
+        self.entries.insert(record.envelope.id, Entry { record, owner: from.clone(), handed_out, at: now });
         self.make_room(now);
         Ok(())
     }
@@ -90,7 +93,7 @@ impl Records {
     /// [`TAKEN`] when another node goes on with the request, [`GAP`] when something before it is missing.
     pub fn put(&mut self, now: Instant, from: &NodeId, delta: &JournalDelta) -> Result<(), RequestError> {
         let Some(entry) = self.entries.get_mut(&delta.id) else { return Err(gap()) };
-        if entry.owner.as_ref() != Some(from) || delta.attempt < entry.record.attempt {
+        if entry.owner != *from || delta.attempt < entry.record.attempt {
             return Err(taken());
         }
         let Some(choice) = entry.record.emitted.0.get_mut(delta.choice as usize) else { return Err(gap()) };
@@ -103,15 +106,15 @@ impl Records {
         Ok(())
     }
 
-    /// Hands a record out to a node that goes on with its request. The former entry node may write no more.
+    /// A copy of a record for a node that may go on with its request. The former entry node writes on until that node
+    /// opens the record itself; each copy has a higher attempt than all before.
     pub fn take(&mut self, now: Instant, id: RequestId) -> Option<JournalRecord> {
         let entry = self.entries.get_mut(&id)?;
         if is_over(now, entry) {
             return None;
         }
-        entry.record.attempt = entry.record.attempt.saturating_add(ATTEMPTS_OF_AN_ENTRY);
-        (entry.owner, entry.at) = (None, now);
-        Some(entry.record.clone())
+        entry.handed_out = entry.handed_out.max(entry.record.attempt).saturating_add(ATTEMPTS_OF_AN_ENTRY);
+        Some(JournalRecord { attempt: entry.handed_out, ..entry.record.clone() })
     }
 
     /// Forgets what nobody comes back for, and hands it out: what a record holds was delivered, and is said to those

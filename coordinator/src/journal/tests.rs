@@ -239,8 +239,12 @@ mod writing {
 mod keeping {
     use super::*;
 
+    fn refused(error: RequestError) -> (&'static str, Kept) {
+        (error.code, understood(&error))
+    }
+
     #[test]
-    fn what_is_taken_is_written_by_its_former_entry_node_no_more() {
+    fn what_another_node_goes_on_with_is_written_by_its_former_entry_node_no_more() {
         let (start, mut records) = (now(), Records::default());
         records.open(start, &node(0), record(start, 1, 0)).expect("new");
         records.put(start, &node(0), &delta(1, 0..8)).expect("next");
@@ -248,13 +252,48 @@ mod keeping {
         let taken = records.take(start, ID).expect("is here");
         assert_eq!(taken.emitted, emitted(10, false));
         assert!(taken.attempt > 2 + 8, "an entry node starts fewer runs: {}", taken.attempt);
-        let refused = |error: RequestError| (error.code, understood(&error));
+        records.open(start, &node(2), record(start, taken.attempt, 10)).expect("the new entry node");
         let late = records.put(start, &node(0), &delta(3, 10..12)).map_err(refused);
         assert_eq!(late, Err((TAKEN, Kept::Taken)));
         assert_eq!(records.open(start, &node(0), record(start, 3, 12)).map_err(refused), Err((TAKEN, Kept::Taken)));
-        records.open(start, &node(2), record(start, taken.attempt, 10)).expect("the new entry node");
         records.put(start, &node(2), &delta(taken.attempt + 1, 10..11)).expect("goes on");
         assert_eq!(records.take(start, ID).map(|record| record.emitted), Some(emitted(11, false)));
+    }
+
+    /// A client of another tenant can make its node ask for any record; the node finds whose it is only then.
+    #[test]
+    fn a_copy_with_which_nobody_goes_on_changes_nothing() {
+        let (start, mut records) = (now(), Records::default());
+        records.open(start, &node(0), record(start, 1, 0)).expect("new");
+        records.put(start, &node(0), &delta(1, 0..8)).expect("next");
+        let foreign = records.take(start, ID).expect("is here");
+        records.put(start, &node(0), &delta(2, 8..12)).expect("its entry node writes on");
+        records.open(start, &node(0), record(start, 3, 12)).expect("and as a whole");
+        records.put(start, &node(0), &JournalDelta { finished: true, ..delta(3, 12..13) }).expect("to its end");
+        let own = records.take(start, ID).expect("is here");
+        assert_eq!(own.emitted, emitted(13, true));
+        assert!(own.attempt > foreign.attempt + 8, "the later copy is the one that counts");
+    }
+
+    #[test]
+    fn of_two_copies_the_later_one_wins_whoever_opens_first() {
+        let start = now();
+        for earlier_first in [true, false] {
+            let mut records = Records::default();
+            records.open(start, &node(0), record(start, 1, 4)).expect("new");
+            let [earlier, later] = [(); 2].map(|()| records.take(start, ID).expect("is here").attempt);
+            let mut open = |from, attempt| records.open(start, &node(from), record(start, attempt, 4));
+            if earlier_first {
+                open(1, earlier).expect("goes on");
+                open(2, later).expect("goes on from there");
+            } else {
+                open(2, later).expect("goes on");
+                assert_eq!(open(1, earlier).map_err(refused), Err((TAKEN, Kept::Taken)));
+            }
+            let late = records.put(start, &node(1), &delta(earlier + 1, 4..5)).map_err(refused);
+            assert_eq!(late, Err((TAKEN, Kept::Taken)));
+            records.put(start, &node(2), &delta(later + 1, 4..5)).expect("the one that goes on");
+        }
     }
 
     use shared::error::RequestError;
