@@ -5,6 +5,7 @@
 
 mod keys;
 mod matrix;
+mod doors;
 mod storm;
 mod versions;
 

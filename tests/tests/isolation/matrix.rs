@@ -56,7 +56,7 @@ impl Scene {
 }
 
 /// What a caller can see of an answer, without what differs between any two requests.
-fn visible(answer: &Answer) -> (u16, String, Vec<(String, String)>) {
+pub(crate) fn visible(answer: &Answer) -> (u16, String, Vec<(String, String)>) {
     let varies = ["x-request-id", "date", "openai-processing-ms"];
     let kept = answer.headers.iter().filter(|(name, _)| !varies.contains(&name.as_str())).cloned();
     (answer.status, answer.text.clone(), kept.collect())
