@@ -127,14 +127,7 @@ impl BaseModel {
     pub fn load_shared(path: &Path, numerics: Numerics, panels: Option<&Path>) -> Result<Self, LoadError> {
         let load = if path.is_dir() { crate::hf::load } else { crate::gguf::load };
         let model = load(path, numerics, panels)?;
-        let (rows, tokens) = (model.info.vocab, model.tokenizer.vocab_size());
-        if tokens > rows {
-            return Err(LoadError::Config {
-                key: "the tokenizer's vocabulary".to_owned(),
-                found: format!("{tokens} tokens for {rows} embedding rows"),
-                expected: "tokenizer and weights belong to the same model",
-            });
-        }
+        check_vocabulary(model.tokenizer.vocab_size(), model.info.vocab)?;
         tracing::info!(
             hash = %model.info.hash.short(),
             family = ?model.info.family,
@@ -145,6 +138,15 @@ impl BaseModel {
         );
         Ok(model)
     }
+}
+
+/// Every token has its row in the embedding.
+pub(crate) fn check_vocabulary(n_tokens: usize, n_rows: usize) -> Result<(), LoadError> {
+    if n_tokens <= n_rows {
+        return Ok(());
+    }
+    let found = format!("{n_tokens} tokens for {n_rows} embedding rows");
+    Err(LoadError::config("the tokenizer's vocabulary", found, "tokenizer and weights belong to the same model"))
 }
 
 // === impl LoadError ===

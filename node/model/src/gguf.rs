@@ -17,12 +17,12 @@ use std::path::{Path, PathBuf};
 use shared::hash::ContentHash;
 
 use crate::base::assemble::{self, Naming};
-use crate::base::{BaseModel, LoadError, family, hash_files, panels};
-use crate::info::Numerics;
+use crate::base::{BaseModel, LoadError, check_vocabulary, family, hash_files, panels};
+use crate::info::{ModelInfo, Numerics};
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
 
-use self::check::{GgufFile, Limits};
+use self::check::{GgufFile, Limits, Texts};
 use self::tensors::GgufTensors;
 
 /// Name of the tensor with a divisor per rotary frequency.
@@ -54,15 +54,18 @@ fn load_checked(
         return Err(LoadError::unsupported("general.type", found, "a base model; adapters belong to tenants"));
     }
     let rules = family::of_gguf(header)?;
-    let tokenizer = Tokenizer::from_gguf(header)?;
-    let mut info = facts::model_info(header, rules, &tokenizer, numerics)?;
-    info.hash = hash;
+    let mut info = ModelInfo { hash, ..facts::model_info(header, rules, numerics)? };
     let tied = header.tensor(Naming::Gguf.head()).is_none();
     let shapes = header.tensors().iter().map(|tensor| {
         let slowest_first: Vec<usize> = tensor.dims.iter().rev().copied().collect();
         (tensor.name.as_str(), slowest_first)
     });
     assemble::check_tensors(&info, rules, Naming::Gguf, tied, shapes, |name| name == ROPE_FREQS)?;
+    // A tokenizer takes twenty times its metadata: it is made for what is a model otherwise.
+    check_vocabulary(header.texts("tokenizer.ggml.tokens").map_or(0, Texts::len), info.vocab)?;
+    let tokenizer = Tokenizer::from_gguf(header)?;
+    info.eos = facts::ends(header, &tokenizer);
+    assemble::check_specials(&info)?;
     let mut tensors = GgufTensors::new(file, header);
     if header.tensor(ROPE_FREQS).is_some() {
         facts::apply_rope_freqs(&mut info, &mut tensors)?;
@@ -77,7 +80,7 @@ fn load_checked(
     Ok(BaseModel { info, weights, tokenizer, template })
 }
 
-fn template(source: &str, info: &crate::info::ModelInfo, tokenizer: &Tokenizer) -> Result<ChatTemplate, LoadError> {
+fn template(source: &str, info: &ModelInfo, tokenizer: &Tokenizer) -> Result<ChatTemplate, LoadError> {
     let text = |id: Option<u32>| id.and_then(|id| tokenizer.special_text(id)).unwrap_or_default().to_owned();
     Ok(ChatTemplate::from_source(source)?
         .with_global("bos_token", text(info.bos))

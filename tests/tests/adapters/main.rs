@@ -1,8 +1,10 @@
 //! Adapter files from outside: the malformed collection gives what `EXPECT.json` says, the real adapters of
-//! the goldens are understood, and no file costs more memory than its size and a little.
+//! the goldens are understood, and no file costs more memory than its size and a little. Nor does a hostile base.
 
 #[cfg(target_os = "linux")]
 mod memory;
+#[cfg(target_os = "linux")]
+mod bases;
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -3,6 +3,7 @@
 use std::process::Command;
 use std::time::Duration;
 
+use model::gguf::write::GgufWriter;
 use serde_json::json;
 use shared::clock::{Clock, SystemClock};
 use tests::operator;
@@ -142,6 +143,29 @@ fn a_node_that_cannot_start_says_why_with_the_right_exit_code() {
     let (code, text) = run(&format!("{insecure}[[bases]]\nname = \"b\"\npath = \"x\"\n"));
     assert_eq!(code, Some(78), "{text}");
     assert!(text.contains("without TLS"), "{text}");
+}
+
+#[test]
+fn a_hostile_base_ends_the_node_with_its_name_before_it_serves() {
+    let folder = scratch("hostile-base");
+    let mut wraps = GgufWriter::default();
+    wraps.text("general.architecture", "llama").tensor_info("token_embd.weight", &[1 << 59, 32], 8, 0);
+    let mut bomb = GgufWriter::default();
+    // An array of 2^56 texts.
+    bomb.text("general.architecture", "llama").value("bomb", 9, &[8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+    let node = "[[nodes]]\nname = \"a\"\nhttp = \"127.0.0.1:0\"\nadmin = \"127.0.0.1:0\"\ndata = \"data\"\n";
+    let config = folder.join("cluster.toml");
+    std::fs::write(&config, format!("{node}[[bases]]\nname = \"b\"\npath = \"hostile.gguf\"\n")).expect("writable");
+    for (named, file) in [("token_embd.weight", wraps), ("bomb", bomb)] {
+        std::fs::write(folder.join("hostile.gguf"), file.finish()).expect("writable");
+        let output =
+            Command::new(binary()).args(["node", "--name", "a", "--config"]).arg(&config).output().expect("runs");
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(text.contains("hostile.gguf") && text.contains(named) && text.contains("hint: "), "{text}");
+        // A node that answers says so; a crash would say panicked, or nothing.
+        assert!(!text.contains("node serves") && !text.contains("panicked"), "{text}");
+    }
 }
 
 #[test]

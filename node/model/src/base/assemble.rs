@@ -179,6 +179,14 @@ pub(crate) fn check_facts(info: &ModelInfo) -> Result<(), LoadError> {
     if !(info.rope_theta > 1.0 && info.rope_theta.is_finite()) {
         return Err(LoadError::config("the rotary base", info.rope_theta.to_string(), "it is above 1"));
     }
+    Ok(())
+}
+
+/// Checks that answers can end and that special tokens are tokens.
+///
+/// # Errors
+/// Names the first that is not.
+pub(crate) fn check_specials(info: &ModelInfo) -> Result<(), LoadError> {
     if info.eos.is_empty() {
         return Err(LoadError::config("the end-of-text token", "missing", "without one no answer would end"));
     }

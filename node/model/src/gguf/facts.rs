@@ -15,13 +15,8 @@ use crate::tokenizer::Tokenizer;
 /// converted files name only one of them.
 const END_TEXTS: [&str; 5] = ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>"];
 
-/// Reads and checks them; the hash is filled in later.
-pub(super) fn model_info(
-    file: &GgufFile,
-    rules: &FamilyRules,
-    tokenizer: &Tokenizer,
-    numerics: Numerics,
-) -> Result<ModelInfo, LoadError> {
+/// Reads and checks them; the hash and the ends of an answer are filled in later.
+pub(super) fn model_info(file: &GgufFile, rules: &FamilyRules, numerics: Numerics) -> Result<ModelInfo, LoadError> {
     let prefix = rules.gguf_architecture;
     let need = |key: &str| file.need_uint(&format!("{prefix}.{key}")).map(narrow);
     let maybe = |key: &str| file.uint(&format!("{prefix}.{key}")).map(narrow);
@@ -56,7 +51,7 @@ pub(super) fn model_info(
         rope_scaling: rope_scaling(file, prefix)?,
         bos,
         add_bos: bos.is_some() && adds_bos(file),
-        eos: ends(file, tokenizer),
+        eos: Vec::new(),
         numerics,
     };
     assemble::check_facts(&info)?;
@@ -108,7 +103,7 @@ fn adds_bos(file: &GgufFile) -> bool {
 }
 
 /// Ends of an answer; the one the metadata calls end of text comes first.
-fn ends(file: &GgufFile, tokenizer: &Tokenizer) -> Vec<u32> {
+pub(super) fn ends(file: &GgufFile, tokenizer: &Tokenizer) -> Vec<u32> {
     let mut ends: Vec<u32> =
         ["eos_token_id", "eot_token_id", "eom_token_id"].iter().filter_map(|key| token(file, key)).collect();
     let known = END_TEXTS.iter().filter_map(|text| tokenizer.id_of(text)).filter(|&id| tokenizer.is_special(id));

@@ -59,6 +59,7 @@ impl Configs {
             numerics,
         };
         assemble::check_facts(&info)?;
+        assemble::check_specials(&info)?;
         Ok(info)
     }
 
