@@ -1,7 +1,7 @@
 //! Chat templates: a conversation to the text and the tokens the model was trained on.
 //!
 //! The template comes with the model (an operator's file, never a tenant's) and is still bounded: instructions
-//! by fuel, output by the size of its input, source by a cap. Jinja as Hugging Face runs it: `trim_blocks`,
+//! by fuel, output by the size of its input, source and each expression by caps. Jinja as Hugging Face runs it: `trim_blocks`,
 //! `lstrip_blocks`, Python's string methods, `raise_exception`, `strftime_now`, Python's JSON spacing.
 //! One thing is not allowed that Jinja allows: the `*` operator, which can ask for 100 MB with nine characters
 //! and is not used by chat templates. Messages are data here; what a request may contain is the gateway's
@@ -10,10 +10,13 @@
 mod functions;
 
 use std::io::{self, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::LazyLock;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, ErrorKind as JinjaErrorKind};
+use regex::{Captures, Regex};
 use serde_json::{Map, Value};
 
 use crate::tokenizer::Tokenizer;
@@ -30,6 +33,13 @@ const FUEL: u64 = 3_000_000;
 
 /// Longest template source; the longest real ones have 20 KB.
 const SOURCE_BYTES_MAX: usize = 256 << 10;
+
+/// Most bytes of one expression or statement, texts in quotes aside; real ones have 170. Half of what the compiler takes
+/// on a stack of 2 MiB without optimisation.
+const CODE_BYTES_MAX: usize = 1024;
+
+/// Most `elif` in a source; real ones have 20. A third of what that stack takes.
+const ELIF_MAX: usize = 256;
 
 /// Output allowed on top of four times the input: a template's own words, such as a tool-calling preamble.
 const OUTPUT_BYTES_BASE: usize = 64 << 10;
@@ -112,9 +122,8 @@ impl ChatTemplate {
             let reason = format!("it has {} bytes, the limit is {SOURCE_BYTES_MAX}", source.len());
             return Err(TemplateError::Source { line: 1, reason });
         }
-        if let Some(line) = line_of_multiplication(source) {
-            let reason = "the operator * is not supported in chat templates".to_owned();
-            return Err(TemplateError::Source { line, reason });
+        if let Some((line, reason)) = refused(source) {
+            return Err(TemplateError::Source { line, reason: reason.to_owned() });
         }
         let mut environment = Environment::new();
         environment.set_syntax(
@@ -123,9 +132,11 @@ impl ChatTemplate {
         environment.set_fuel(Some(FUEL));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         functions::register(&mut environment);
-        environment.add_template_owned(NAME, source.to_owned()).map_err(|error| TemplateError::Source {
-            line: error.line().unwrap_or(1),
-            reason: error.detail().unwrap_or("syntax error").to_owned(),
+        environment.add_template_owned(NAME, without_generation_marks(source)).map_err(|error| {
+            TemplateError::Source {
+                line: error.line().unwrap_or(1),
+                reason: error.detail().unwrap_or("syntax error").to_owned(),
+            }
         })?;
         Ok(Self { source: source.to_owned(), environment, globals: Map::new() })
     }
@@ -176,7 +187,12 @@ impl ChatTemplate {
         context.extend(extra.iter().map(|(name, value)| (name.clone(), value.clone())));
         let template = self.environment.get_template(NAME).expect("added by from_source");
         let mut out = Capped { bytes: Vec::new(), bytes_max, over: false };
-        let result = template.render_captured_to(minijinja::Value::from(Serde(&context)), &mut out).map(drop);
+        // The engine has its bugs (3.0.5 panics on `''[::-1]`); nothing that a panic leaves behind is used.
+        let render = || template.render_captured_to(minijinja::Value::from(Serde(&context)), &mut out).map(drop);
+        let result = catch_unwind(AssertUnwindSafe(render)).map_err(|_| {
+            let reason = "the template engine failed; hint: the log says where, change the template there".to_owned();
+            TemplateError::Render { line: 1, reason }
+        })?;
         if out.over {
             return Err(TemplateError::Output { bytes_max });
         }
@@ -272,10 +288,24 @@ fn n_text_bytes(value: &Value) -> usize {
         }
 }
 
-/// Line of the first `*` in an expression or statement, outside of quoted texts.
-fn line_of_multiplication(source: &str) -> Option<usize> {
+/// `{% generation %}` … `{% endgeneration %}` mark for training what an assistant wrote; a rendering is the same without.
+/// The blocks they become leave the same white space behind.
+fn without_generation_marks(source: &str) -> String {
+    static MARK: LazyLock<Regex> =
+        LazyLock::new(|| Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").expect("a valid expression"));
+    let block = |mark: &Captures<'_>| {
+        let word = if mark.get(2).is_some() { "endif" } else { "if true" };
+        format!("{{%{} {word} {}%}}", &mark[1], &mark[3])
+    };
+    MARK.replace_all(source, block).into_owned()
+}
+
+/// What keeps a source from being compiled, and in which line: a `*` outside of quoted texts, or code so long that the
+/// compiler, which calls itself for each operator and each `elif`, might run out of stack.
+fn refused(source: &str) -> Option<(usize, &'static str)> {
     let bytes = source.as_bytes();
-    let mut at = 0;
+    let line = |at: usize| 1 + bytes[..at].iter().filter(|&&byte| byte == b'\n').count();
+    let (mut at, mut n_elif) = (0, 0);
     while at + 1 < bytes.len() {
         let close: &[u8] = match &bytes[at..at + 2] {
             b"{{" => b"}}",
@@ -290,14 +320,22 @@ fn line_of_multiplication(source: &str) -> Option<usize> {
             }
         };
         at += 2;
-        let mut quote = None;
+        n_elif += usize::from(source[at..].trim_start_matches(['-', '+', ' ', '\n']).starts_with("elif"));
+        if n_elif > ELIF_MAX {
+            return Some((line(at), "there are more than 256 elif"));
+        }
+        let (mut quote, mut n_code) = (None, 0);
         while at < bytes.len() && (quote.is_some() || !bytes[at..].starts_with(close)) {
             match (quote, bytes[at]) {
                 (Some(_), b'\\') => at += 1,
                 (Some(open), byte) if byte == open => quote = None,
                 (None, byte @ (b'"' | b'\'')) => quote = Some(byte),
-                (None, b'*') => return Some(1 + bytes[..at].iter().filter(|&&byte| byte == b'\n').count()),
+                (None, b'*') => return Some((line(at), "the operator * is not supported in chat templates")),
+                (None, _) => n_code += 1,
                 _ => {}
+            }
+            if n_code > CODE_BYTES_MAX {
+                return Some((line(at), "an expression or statement has more than 1024 bytes outside of quotes"));
             }
             at += 1;
         }

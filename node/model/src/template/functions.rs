@@ -6,7 +6,7 @@ use std::io;
 use minijinja::value::Kwargs;
 use minijinja::{Environment, Error, ErrorKind, Value};
 use serde::Serialize;
-use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
+use serde_json::ser::{Formatter, Serializer};
 use shared::clock::{Clock, SystemClock};
 
 /// The template called `raise_exception`.
@@ -32,43 +32,140 @@ fn raise_exception(message: &str) -> Result<Value, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, "the template raised").with_source(Raised(message)))
 }
 
-/// JSON as Python's `json.dumps(value, ensure_ascii=False)` spaces it.
+/// Python's `json.dumps(value, ensure_ascii=False)`, with its options.
 fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
-    // Accepted and without effect: text is never escaped to ASCII, the order of keys is kept.
-    for option in ["ensure_ascii", "sort_keys", "separators"] {
-        let _: Option<Value> = options.get(option)?;
-    }
+    let separators: Option<Vec<String>> = options.get("separators")?;
+    let is_sorted: Option<bool> = options.get("sort_keys")?;
+    let is_ascii: Option<bool> = options.get("ensure_ascii")?;
     options.assert_all_used()?;
     let failed = |error: serde_json::Error| Error::new(ErrorKind::BadSerialization, error.to_string());
-    let json = serde_json::to_value(value).map_err(failed)?;
-    let mut out = Vec::new();
-    match indent {
-        Some(width) => {
-            let indent = vec![b' '; width.min(INDENT_MAX)];
-            json.serialize(&mut Serializer::with_formatter(&mut out, PrettyFormatter::with_indent(&indent)))
-        }
-        None => json.serialize(&mut Serializer::with_formatter(&mut out, PythonSpacing)),
+    let mut json = serde_json::to_value(value).map_err(failed)?;
+    if is_sorted == Some(true) {
+        json.sort_all_objects();
     }
-    .map_err(failed)?;
+    let between = if indent.is_some() { "," } else { ", " };
+    let separators = separators.unwrap_or_else(|| vec![between.to_owned(), ": ".to_owned()]);
+    let [between, behind_key] = separators.try_into().map_err(|_| {
+        Error::new(ErrorKind::InvalidOperation, "separators are one between entries and one behind keys")
+    })?;
+    let format = PythonJson {
+        indent: indent.map(|width| width.min(INDENT_MAX)),
+        between,
+        behind_key,
+        is_ascii: is_ascii == Some(true),
+        depth: 0,
+        has_entries: false,
+    };
+    let mut out = Vec::new();
+    json.serialize(&mut Serializer::with_formatter(&mut out, format)).map_err(failed)?;
     Ok(Value::from(String::from_utf8_lossy(&out).into_owned()))
 }
 
-/// `", "` between entries and `": "` after keys.
-struct PythonSpacing;
+/// Spaces, line breaks and numbers as Python's `json` module writes them.
+struct PythonJson {
+    /// Spaces a level; without, all is one line.
+    indent: Option<usize>,
+    between: String,
+    behind_key: String,
+    is_ascii: bool,
+    depth: usize,
+    /// The list or object that is written has entries.
+    has_entries: bool,
+}
 
-impl Formatter for PythonSpacing {
+// === impl PythonJson ===
+
+impl PythonJson {
+    fn new_line(&self, out: &mut (impl ?Sized + io::Write)) -> io::Result<()> {
+        match self.indent {
+            Some(width) => write!(out, "\n{:width$}", "", width = width * self.depth),
+            None => Ok(()),
+        }
+    }
+
+    fn open(&mut self, out: &mut (impl ?Sized + io::Write), bracket: &[u8]) -> io::Result<()> {
+        (self.depth, self.has_entries) = (self.depth + 1, false);
+        out.write_all(bracket)
+    }
+
+    fn next(&self, out: &mut (impl ?Sized + io::Write), first: bool) -> io::Result<()> {
+        if !first {
+            out.write_all(self.between.as_bytes())?;
+        }
+        self.new_line(out)
+    }
+
+    fn close(&mut self, out: &mut (impl ?Sized + io::Write), bracket: &[u8]) -> io::Result<()> {
+        self.depth -= 1;
+        if self.has_entries {
+            self.new_line(out)?;
+        }
+        out.write_all(bracket)
+    }
+}
+
+impl Formatter for PythonJson {
+    fn write_f64<W: ?Sized + io::Write>(&mut self, out: &mut W, value: f64) -> io::Result<()> {
+        out.write_all(python_float(value).as_bytes())
+    }
+
+    fn write_string_fragment<W: ?Sized + io::Write>(&mut self, out: &mut W, fragment: &str) -> io::Result<()> {
+        if !self.is_ascii {
+            return out.write_all(fragment.as_bytes());
+        }
+        fragment.encode_utf16().try_for_each(|unit| match u8::try_from(unit) {
+            Ok(byte) if byte < 0x7f => out.write_all(&[byte]),
+            _ => write!(out, "\\u{unit:04x}"),
+        })
+    }
+
+    fn begin_array<W: ?Sized + io::Write>(&mut self, out: &mut W) -> io::Result<()> {
+        self.open(out, b"[")
+    }
+
     fn begin_array_value<W: ?Sized + io::Write>(&mut self, out: &mut W, first: bool) -> io::Result<()> {
-        if first { Ok(()) } else { out.write_all(b", ") }
+        self.next(out, first)
+    }
+
+    fn end_array_value<W: ?Sized + io::Write>(&mut self, _: &mut W) -> io::Result<()> {
+        self.has_entries = true;
+        Ok(())
+    }
+
+    fn end_array<W: ?Sized + io::Write>(&mut self, out: &mut W) -> io::Result<()> {
+        self.close(out, b"]")
+    }
+
+    fn begin_object<W: ?Sized + io::Write>(&mut self, out: &mut W) -> io::Result<()> {
+        self.open(out, b"{")
     }
 
     fn begin_object_key<W: ?Sized + io::Write>(&mut self, out: &mut W, first: bool) -> io::Result<()> {
-        if first { Ok(()) } else { out.write_all(b", ") }
+        self.next(out, first)
     }
 
     fn begin_object_value<W: ?Sized + io::Write>(&mut self, out: &mut W) -> io::Result<()> {
-        out.write_all(b": ")
+        out.write_all(self.behind_key.as_bytes())
     }
+
+    fn end_object_value<W: ?Sized + io::Write>(&mut self, _: &mut W) -> io::Result<()> {
+        self.has_entries = true;
+        Ok(())
+    }
+
+    fn end_object<W: ?Sized + io::Write>(&mut self, out: &mut W) -> io::Result<()> {
+        self.close(out, b"}")
+    }
+}
+
+/// As Python's `repr` writes it: the shortest digits that give it back, with an exponent of at least two digits below
+/// 1e-4 and from 1e16 on.
+fn python_float(value: f64) -> String {
+    let scientific = format!("{value:e}");
+    let (digits, exponent) = scientific.split_once('e').expect("this format has an exponent");
+    let exponent: i32 = exponent.parse().expect("and it is a number");
+    if (-4..16).contains(&exponent) { format!("{value:?}") } else { format!("{digits}e{exponent:+03}") }
 }
 
 const MONTHS: [&str; 12] = [

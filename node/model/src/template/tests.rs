@@ -66,6 +66,38 @@ fn what_cannot_be_rendered_says_where_and_why() {
     assert!(matches!(render("{% if %}", &user("a")).unwrap_err(), TemplateError::Source { line: 1, .. }));
 }
 
+/// The engine's own bug; without a guard it would end the task that answers.
+#[test]
+fn a_panic_of_the_engine_is_an_error_of_the_template() {
+    for source in ["{{ messages[0].content[::-1] }}", "{% for c in [][::-1] %}{% endfor %}"] {
+        let error = render(source, &user("")).unwrap_err();
+        assert!(matches!(error, TemplateError::Render { .. }), "{error}");
+    }
+}
+
+/// The compiler calls itself for each of these and would end the process where the stack ends.
+#[test]
+fn what_is_deeper_than_the_compilers_stack_is_refused() {
+    let inside = |open: &str, close: &str| format!("{{{{ {}1{} }}}}", open.repeat(50_000), close.repeat(50_000));
+    let expressions = [("(", ")"), ("[", "]"), ("-", ""), ("not ", ""), ("", "+1"), ("", "~1"), ("", " or 1")];
+    let more = [("", ".a"), ("", "[0]"), ("", "()"), ("", "|e"), ("", " is odd"), ("", " if 1 else 1")];
+    let mut sources: Vec<String> = expressions.iter().chain(&more).map(|(open, close)| inside(open, close)).collect();
+    sources.push(format!("{}{}", "{% if 1 %}".repeat(10_000), "{% endif %}".repeat(10_000)));
+    sources.push(format!("{{% if 1 %}}{}{{% endif %}}", "{%- elif 1 %}".repeat(15_000)));
+    sources.push(format!("{{% for {}x{} in [] %}}{{% endfor %}}", "(".repeat(50_000), ",y)".repeat(50_000)));
+    for source in sources {
+        assert!(matches!(render(&source, &user("a")), Err(TemplateError::Source { .. })), "{}…", &source[..60]);
+    }
+    let long = format!("{{{{ {}1 }}}}{{% if 0 %}}{}{{% endif %}}", "-".repeat(1000), "{% elif 0 %}".repeat(255));
+    assert_eq!(render(&long, &user("a")).unwrap(), "1");
+}
+
+#[test]
+fn marks_of_training_change_nothing() {
+    let source = "a\n  {%- generation -%}  b{% endgeneration %}\nc {% generation %}\nd{%- endgeneration %}";
+    assert_eq!(render(source, &user("a")).unwrap(), "abc d");
+}
+
 #[test]
 fn bombs_end_within_100_ms() {
     let double = "{% set ns = namespace(s='xxxxxxxx') %}{% for i in range(20) %}{% set ns.s = ns.s ~ ns.s %}{{ ns.s }}{% endfor %}";
