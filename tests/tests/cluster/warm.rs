@@ -23,7 +23,7 @@ fn a_node_that_leaves_names_its_tenants_adapters_to_those_who_get_them_full_or_n
     let folder = scratch("warm");
     // Two places each: whoever gets a tenant more has to give up one that is not asked for.
     let spec = NodeSpec::tiny(&folder).with(GENEROUS).with("[cluster]\ndrain_s = 3\n[adapters]\nslots = 2");
-    let mut cluster = Cluster::start(&folder, &spec, 3);
+    let cluster = Cluster::start(&folder, &spec, 3);
     let keys: Vec<String> = (0..N_TENANTS)
         .map(|n| {
             let key = tenant(&cluster.nodes[0], &format!("tenant{n}"), &json!({}));
