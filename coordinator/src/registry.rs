@@ -118,6 +118,16 @@ impl Registry {
         Self::open_on(options, Disk::thread).await
     }
 
+    /// As [`Self::open`], for simulations, whose clock stands still while a task works: work on the file is done by
+    /// whoever asks for it instead of a thread, and this thread's elections are drawn from `seed`.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub async fn open_repeatable(options: RegistryOptions, seed: u64) -> Result<Self, RegistryError> {
+        raft::runtime::seed(seed);
+        Self::open_on(options, |content| Ok(Disk::inline(content))).await
+    }
+
     async fn open_on(
         options: RegistryOptions,
         start_disk: fn(Content) -> std::io::Result<Disk>,

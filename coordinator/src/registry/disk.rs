@@ -239,7 +239,6 @@ pub(super) enum Disk {
     /// Work runs on a thread.
     Thread(mpsc::Sender<Option<Task>>, Arc<Mutex<Option<JoinHandle<()>>>>),
     /// Work runs in the caller, for tests under a paused clock: it must not see the thread as idle time.
-    #[cfg(test)]
     Inline(Arc<Mutex<Option<Content>>>),
 }
 
@@ -255,7 +254,6 @@ impl Disk {
     }
 
     /// See the variant.
-    #[cfg(test)]
     pub(super) fn inline(content: Content) -> Self {
         Self::Inline(Arc::new(Mutex::new(Some(content))))
     }
@@ -283,7 +281,6 @@ impl Disk {
                 tasks.send(Some(task)).map_err(|_| StoreError::Closed)?;
                 answer.await.unwrap_or(Err(StoreError::Closed))
             }
-            #[cfg(test)]
             Self::Inline(content) => {
                 let mut content = content.lock().unwrap_or_else(PoisonError::into_inner);
                 let outcome = act(content.as_mut().ok_or(StoreError::Closed)?);
@@ -304,7 +301,6 @@ impl Disk {
                 let Some(thread) = thread else { return false };
                 !matches!(tokio::task::spawn_blocking(move || thread.join()).await, Ok(Ok(())))
             }
-            #[cfg(test)]
             Self::Inline(content) => {
                 drop(content.lock().unwrap_or_else(PoisonError::into_inner).take());
                 false

@@ -13,10 +13,11 @@ use coordinator::journal::idempotency::{RequestIds, same};
 use coordinator::journal::ranges::Delivered;
 use coordinator::journal::records::{Records, furthest};
 use coordinator::journal::whom_to_ask;
+use coordinator::registry::Registry;
 use coordinator::route::Place;
 use shared::cluster::NodePhase;
 use shared::id::RequestId;
-use shared::request::Emitted;
+use shared::request::{Emitted, Envelope};
 use shared::token::TokenEvent;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
@@ -54,6 +55,8 @@ pub struct Door {
     pub plan: Rc<BTreeMap<u128, Planned>>,
     /// Gives ids.
     pub ids: RequestIds,
+    /// Knows the tenants, where there is one.
+    pub registry: Option<Registry>,
     /// A mistake built in.
     pub planted: Planted,
     /// Sees everything.
@@ -112,7 +115,12 @@ impl Door {
             Ask::New { idempotency_key, .. } => {
                 let planned = self.plan.get(&idempotency_key).ok_or((400, "unknown"))?;
                 let id = self.ids.of(&planned.tenant(), &idempotency_key.to_le_bytes());
-                let envelope = planned.envelope(id, now());
+                let snapshot = self.registry.as_ref().map(Registry::snapshot);
+                if snapshot.as_ref().is_some_and(|snapshot| snapshot.tenant(&planned.tenant()).is_none()) {
+                    return Err((401, "tenant_unknown"));
+                }
+                let contract_epoch = snapshot.map_or(1, |snapshot| snapshot.epoch());
+                let envelope = Envelope { contract_epoch, ..planned.envelope(id, now()) };
                 let have = vec![Have::default(); planned.n as usize];
                 let place = Place::anywhere(base());
                 let journey = match self.find(id).await {

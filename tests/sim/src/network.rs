@@ -13,6 +13,7 @@ use std::time::Duration;
 use coordinator::actor::{Coordinator, Heart};
 use coordinator::forward::{Carrier, Lost, Run};
 use coordinator::journal::records::Records;
+use coordinator::registry::Registry;
 use coordinator::route::{Arrival, Place};
 use shared::cluster::Heartbeat;
 use shared::error::{ErrorKind, RequestError};
@@ -215,6 +216,8 @@ pub struct Peers {
     pub engine: Engine,
     /// The records that it keeps for others.
     pub records: Rc<RefCell<Records>>,
+    /// Its copy of the registry, where there is one.
+    pub registry: Option<Registry>,
     /// A mistake built in.
     pub planted: Planted,
 }
@@ -241,7 +244,7 @@ impl Peers {
             Ok(Opening::Start(start)) => self.run(stream, *start).await,
             Ok(Opening::Request(request)) => {
                 let mut bytes = Vec::new();
-                if self.on_request(&from, request).encode(now(), &mut bytes).is_ok() {
+                if self.on_request(&from, request).await.encode(now(), &mut bytes).is_ok() {
                     let _ = stream.write_all(&bytes).await;
                     let _ = stream.shutdown().await;
                 }
@@ -251,7 +254,19 @@ impl Peers {
         }
     }
 
-    fn on_request(&self, from: &NodeId, request: Request) -> Response {
+    async fn on_request(&self, from: &NodeId, request: Request) -> Response {
+        match (request, &self.registry) {
+            (Request::Raft { bytes, .. }, Some(registry)) => {
+                Response::Raft { bytes: registry.on_raft(from, &bytes).await }
+            }
+            (Request::Admin { bytes }, Some(registry)) => {
+                Response::Admin { bytes: registry.on_forwarded(&bytes).await }
+            }
+            (request, _) => self.on_record(from, request),
+        }
+    }
+
+    fn on_record(&self, from: &NodeId, request: Request) -> Response {
         let mut records = self.records.borrow_mut();
         let done = |outcome: Result<(), RequestError>| match outcome {
             Ok(()) => Response::Done,

@@ -12,6 +12,7 @@ use coordinator::forward::Forwarder;
 use coordinator::journal::idempotency::RequestIds;
 use coordinator::journal::records::Records;
 use coordinator::membership::{MemberSpec, Own};
+use coordinator::registry::Registry;
 use coordinator::ring::RingKey;
 use shared::clock::Clock;
 use shared::cluster::{NodeLoad, NodePhase};
@@ -23,6 +24,7 @@ use crate::network::{Peers, Streams, answer, datagrams, now, receive_beats, serv
 use crate::oracle::Oracle;
 use crate::plan::{Planned, base, name};
 use crate::random::Random;
+use crate::registry::{Minutes, Shelf, place_tenants};
 
 /// The clock of a host: turmoil's.
 #[derive(Debug)]
@@ -48,6 +50,8 @@ pub struct Life {
     pub records: Rc<RefCell<Records>>,
     /// What it does; set from outside, as by a signal.
     pub phase: Rc<Cell<NodePhase>>,
+    /// Its copy of the registry, where there is one.
+    pub registry: Option<Registry>,
     /// Which life it is.
     pub incarnation: u64,
 }
@@ -73,6 +77,8 @@ pub struct Node {
     pub planted: Planted,
     /// What clients ask for.
     pub plan: Rc<BTreeMap<u128, Planned>>,
+    /// Where registries are kept, and what their operators are told; without it every tenant is known.
+    pub registry: Option<(Rc<Shelf>, Minutes)>,
     /// Sees everything.
     pub oracle: Oracle,
 }
@@ -89,12 +95,14 @@ impl Node {
         let coordinator = Coordinator::new(self.options(), Arc::new(heart), Arc::new(SimClock));
         coordinator.spawn(None).await?;
         let engine = Engine::new(self.step, self.planted);
+        let registry = self.open_registry(&coordinator).await?;
         let (records, phase) = (Rc::<RefCell<Records>>::default(), Rc::new(Cell::new(NodePhase::Serving)));
         let life = Life {
             coordinator: coordinator.clone(),
             engine: engine.clone(),
             records: records.clone(),
             phase: phase.clone(),
+            registry: registry.clone(),
             incarnation: self.incarnation,
         };
         lives.borrow_mut().insert(self.i, life);
@@ -118,12 +126,21 @@ impl Node {
             phase,
             plan: self.plan.clone(),
             ids: RequestIds::derive(b"simulation"),
+            registry: registry.clone(),
             planted: self.planted,
             oracle: self.oracle.clone(),
         };
         tokio::task::spawn_local(serve_clients(Rc::new(door)));
-        serve(Peers { coordinator, engine, records, planted: self.planted }).await?;
+        serve(Peers { coordinator, engine, records, registry, planted: self.planted }).await?;
         Ok(())
+    }
+
+    async fn open_registry(&self, coordinator: &Coordinator) -> turmoil::Result<Option<Registry>> {
+        let Some((shelf, minutes)) = &self.registry else { return Ok(None) };
+        let registry = shelf.open(self.i, self.n_nodes, self.seed, coordinator.clone()).await?;
+        tokio::task::spawn_local(place_tenants(registry.clone(), coordinator.clone()));
+        tokio::task::spawn_local(minutes.clone().operate(registry.clone(), self.i, self.incarnation));
+        Ok(Some(registry))
     }
 
     fn options(&self) -> CoordinatorOptions {

@@ -1,5 +1,6 @@
 //! What a seed decides: who asks for what and when, and what breaks when.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,15 @@ pub const WARM_UP_MS: u64 = 800;
 
 /// Time a request may take.
 pub const DEADLINE: Duration = Duration::from_secs(20);
+
+/// Tenants that clients ask for.
+pub const TENANTS: u64 = 12;
+
+/// While this passes, the registry's leader is away; in ms.
+pub const LEADER_AWAY_MS: Range<u64> = 20_000..620_000;
+
+/// While this passes, a majority of those that vote on the registry is; in ms.
+pub const MAJORITY_AWAY_MS: Range<u64> = 640_000..1_240_000;
 
 /// Something that happens to nodes, at a time in ms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +53,10 @@ pub enum Act {
     Part(usize, usize),
     /// They meet again.
     Join(usize, usize),
+    /// Whoever leads the registry is killed, and of the others that vote on it so many.
+    KillLeader(usize),
+    /// Whoever is down begins a new life.
+    BounceAll,
 }
 
 /// A request of a client.
@@ -127,10 +141,30 @@ pub fn base() -> BaseName {
 /// About thirty requests over seven seconds.
 pub fn requests(random: &mut Random, n_nodes: usize) -> Vec<Planned> {
     let n = random.within(20, 40);
+    requests_at(random, n_nodes, n, WARM_UP_MS..WARM_UP_MS + 7000)
+}
+
+/// A request a second from before the registry's troubles until after them.
+pub fn steady_requests(random: &mut Random, n_nodes: usize) -> Vec<Planned> {
+    let during = LEADER_AWAY_MS.start - 10_000..MAJORITY_AWAY_MS.end + 20_000;
+    requests_at(random, n_nodes, (during.end - during.start) / 1000, during)
+}
+
+/// The registry's leader goes and comes back; then a majority does.
+pub fn registry_troubles() -> Vec<(u64, Act)> {
+    vec![
+        (LEADER_AWAY_MS.start, Act::KillLeader(0)),
+        (LEADER_AWAY_MS.end, Act::BounceAll),
+        (MAJORITY_AWAY_MS.start, Act::KillLeader(1)),
+        (MAJORITY_AWAY_MS.end, Act::BounceAll),
+    ]
+}
+
+fn requests_at(random: &mut Random, n_nodes: usize, n: u64, during: Range<u64>) -> Vec<Planned> {
     let planned = |key: u64| Planned {
-        at_ms: WARM_UP_MS + random.within(0, 7000),
+        at_ms: random.within(during.start, during.end),
         key: u128::from(key),
-        tenant: random.within(0, 12),
+        tenant: random.within(0, TENANTS),
         prompt: (0..random.within(1, 6)).map(|_| (random.draw() % 49_152) as u32).collect(),
         n: 1 + u32::from(random.within(0, 4) == 0),
         max_tokens: random.within(10, 60) as u32,

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use coordinator::journal::ranges::of_record;
 use coordinator::journal::records::KEPT_FOR;
+use coordinator::registry::Registry;
+use coordinator::registry::status::Role;
 use shared::clock::{Clock, SystemClock};
 use shared::cluster::NodePhase;
 
@@ -14,8 +16,12 @@ use crate::client::clients;
 use crate::engine::{Planted, QUEUE_MAX};
 use crate::node::{Lives, Node};
 use crate::oracle::{Oracle, Report};
-use crate::plan::{Act, DEADLINE, Planned, name, requests, troubles};
+use crate::plan::{Act, DEADLINE, Planned, name, registry_troubles, requests, steady_requests, troubles};
 use crate::random::{Random, mix};
+use crate::registry::{Minutes, Shelf, VOTERS};
+
+/// Time of the network and of nodes passes in such steps.
+const TICK: Duration = Duration::from_millis(5);
 
 /// The host of all clients.
 const CLIENTS: &str = "clients";
@@ -44,50 +50,101 @@ pub struct Scenario {
 
 /// Simulates until every request has ended.
 pub fn run(scenario: Scenario) -> Report {
-    let mut random = Random::new(mix(scenario.seed));
+    let Scenario { seed, trouble, planted } = scenario;
+    let mut random = Random::new(mix(seed));
     let n_nodes = usize::try_from(random.within(3, 6)).expect("small");
     let step = Duration::from_millis(random.within(5, 25));
     // A quarter of the clusters lose one heartbeat of twenty.
     let lost_of_1000 = if random.within(0, 4) == 0 { 50 } else { 0 };
     let requests = requests(&mut random, n_nodes);
-    let acts = troubles(&mut random, n_nodes, scenario.trouble);
-    let last_ms = acts.last().map_or(0, |(at, _)| *at).max(9000);
-    let end_ms = last_ms + u64::try_from(DEADLINE.as_millis()).unwrap_or(0) + 10_000;
-    let mut builder = turmoil::Builder::new();
-    let latency = random.within(2, 12);
-    builder
-        .rng_seed(scenario.seed)
-        .simulation_duration(Duration::from_millis(end_ms + 3000))
-        .tick_duration(Duration::from_millis(5))
-        .tcp_capacity(4096)
-        .udp_capacity(4096)
-        .min_message_latency(Duration::from_millis(1))
-        .max_message_latency(Duration::from_millis(latency));
-    let mut world = World {
-        sim: builder.build(),
-        oracle: Oracle::default(),
-        lives: Lives::default(),
+    let acts = troubles(&mut random, n_nodes, trouble);
+    let latency = Duration::from_millis(random.within(2, 12));
+    let setting = Setting { seed, n_nodes, step, lost_of_1000, latency, tick: TICK, planted, requests, registry: None };
+    setting.run(acts)
+}
+
+/// Simulates twenty minutes in which first the leader of the registry is away for ten, then a majority of those that
+/// vote on it, while clients and operators go on asking.
+///
+/// # Panics
+/// When there is no room for temporary files.
+pub fn run_without_registry(seed: u64) -> (Report, Minutes) {
+    let mut random = Random::new(mix(seed));
+    let (n_nodes, minutes) = (5, Minutes::default());
+    let shelf = Rc::new(Shelf::create().expect("there is room for temporary files"));
+    let setting = Setting {
+        seed,
         n_nodes,
-        down: vec![false; n_nodes],
-        connected: Vec::new(),
+        step: Duration::from_millis(20),
+        lost_of_1000: 0,
+        latency: Duration::from_millis(5),
+        tick: 2 * TICK,
+        planted: Planted::Nothing,
+        requests: steady_requests(&mut random, n_nodes),
+        registry: Some((shelf, minutes.clone())),
     };
-    let plan: Rc<BTreeMap<u128, Planned>> =
-        Rc::new(requests.iter().map(|planned| (planned.key, planned.clone())).collect());
-    for i in 0..n_nodes {
-        let (oracle, lives, plan) = (world.oracle.clone(), world.lives.clone(), plan.clone());
-        let incarnation = Rc::new(Cell::new(0));
+    (setting.run(registry_troubles()), minutes)
+}
+
+/// A cluster before anything happens to it.
+struct Setting {
+    seed: u64,
+    n_nodes: usize,
+    step: Duration,
+    lost_of_1000: u64,
+    latency: Duration,
+    tick: Duration,
+    planted: Planted,
+    requests: Vec<Planned>,
+    registry: Option<(Rc<Shelf>, Minutes)>,
+}
+
+// === impl Setting ===
+
+impl Setting {
+    fn run(self, acts: Vec<(u64, Act)>) -> Report {
+        let last_ms = acts.last().map_or(0, |(at, _)| *at).max(9000);
+        let last_ms = self.requests.iter().map(|planned| planned.at_ms).fold(last_ms, u64::max);
+        let end_ms = last_ms + u64::try_from(DEADLINE.as_millis()).unwrap_or(0) + 10_000;
+        let mut builder = turmoil::Builder::new();
+        builder
+            .rng_seed(self.seed)
+            .simulation_duration(Duration::from_millis(end_ms + 6000))
+            .tick_duration(self.tick)
+            .tcp_capacity(4096)
+            .udp_capacity(4096)
+            .min_message_latency(Duration::from_millis(1))
+            .max_message_latency(self.latency);
+        let mut world = World {
+            sim: builder.build(),
+            oracle: Oracle::default(),
+            lives: Lives::default(),
+            n_nodes: self.n_nodes,
+            down: vec![false; self.n_nodes],
+            connected: Vec::new(),
+            registry: self.registry.clone(),
+        };
+        (0..self.n_nodes).for_each(|i| self.start(i, &mut world));
+        let (asked, n_nodes, oracle) = (self.requests.clone(), self.n_nodes, world.oracle.clone());
+        world.sim.host(CLIENTS, move || clients(asked.clone(), n_nodes, oracle.clone()));
+        world.pass(acts, &self.requests, end_ms);
+        world.close(&self.requests)
+    }
+
+    fn start(&self, i: usize, world: &mut World<'_>) {
+        let &Self { n_nodes, step, lost_of_1000, seed, planted, .. } = self;
+        let (oracle, lives, registry) = (world.oracle.clone(), world.lives.clone(), self.registry.clone());
+        let plan: Rc<BTreeMap<u128, Planned>> =
+            Rc::new(self.requests.iter().map(|planned| (planned.key, planned.clone())).collect());
+        let incarnation = Cell::new(0);
         world.sim.host(name(i).as_str(), move || {
             incarnation.set(incarnation.get() + 1);
-            let (incarnation, planted, seed) = (incarnation.get(), scenario.planted, scenario.seed);
-            let (plan, oracle) = (plan.clone(), oracle.clone());
-            Node { i, n_nodes, incarnation, step, lost_of_1000, seed, planted, plan, oracle }.live(lives.clone())
+            let (incarnation, plan, oracle, registry) =
+                (incarnation.get(), plan.clone(), oracle.clone(), registry.clone());
+            Node { i, n_nodes, incarnation, step, lost_of_1000, seed, planted, plan, registry, oracle }
+                .live(lives.clone())
         });
     }
-    let oracle = world.oracle.clone();
-    let asked = requests.clone();
-    world.sim.host(CLIENTS, move || clients(asked.clone(), n_nodes, oracle.clone()));
-    world.pass(acts, &requests, end_ms);
-    world.close(&requests)
 }
 
 struct World<'a> {
@@ -98,6 +155,7 @@ struct World<'a> {
     down: Vec<bool>,
     /// Nodes that count as reached again, and when.
     connected: Vec<(u64, usize)>,
+    registry: Option<(Rc<Shelf>, Minutes)>,
 }
 
 // === impl World ===
@@ -141,6 +199,7 @@ impl World<'_> {
             self.oracle.violation(format!("{} hangs", planned.key));
         }
         // Cancelled runs end within a step or two, wherever they are, and last words are written.
+        self.registry.iter().for_each(|(_, minutes)| minutes.close());
         for _ in 0..400 {
             self.step();
         }
@@ -156,6 +215,11 @@ impl World<'_> {
             ranges.for_each(|range| self.oracle.bill(range, false));
         }
         self.oracle.check_billing();
+        if let Some((_, minutes)) = &self.registry {
+            let registries: Vec<Registry> =
+                self.lives.borrow().values().filter_map(|life| life.registry.clone()).collect();
+            minutes.violations(&registries).into_iter().for_each(|what| self.oracle.violation(what));
+        }
         self.oracle.report()
     }
 
@@ -163,10 +227,17 @@ impl World<'_> {
         match act {
             Act::Crash(node) if !self.down[node] => {
                 self.down[node] = true;
-                // What it kept dies with it.
-                self.lives.borrow_mut().remove(&node);
                 self.oracle.on_death(node);
-                self.sim.crash(name(node).as_str());
+                let (lives, sim, host) = (self.lives.clone(), &mut self.sim, name(node));
+                let mut end = move || {
+                    // What it kept dies with it.
+                    lives.borrow_mut().remove(&node);
+                    sim.crash(host.as_str());
+                };
+                match &self.registry {
+                    Some((shelf, _)) => shelf.kill(node, end),
+                    None => end(),
+                }
             }
             Act::Bounce(node) if self.down[node] => {
                 self.down[node] = false;
@@ -196,7 +267,25 @@ impl World<'_> {
             }
             Act::Part(a, b) => self.sim.hold(name(a).as_str(), name(b).as_str()),
             Act::Join(a, b) => self.sim.release(name(a).as_str(), name(b).as_str()),
+            Act::KillLeader(n_others) => {
+                let leader = self.leader();
+                let others = (0..VOTERS).filter(|voter| Some(*voter) != leader).take(n_others);
+                for node in leader.into_iter().chain(others).collect::<Vec<_>>() {
+                    self.perform(now_ms, Act::Crash(node));
+                }
+            }
+            Act::BounceAll => (0..self.n_nodes).for_each(|node| self.perform(now_ms, Act::Bounce(node))),
         }
+    }
+
+    /// Who leads the registry.
+    fn leader(&self) -> Option<usize> {
+        let lives = self.lives.borrow();
+        let mut leaders = lives.iter().filter(|(_, life)| {
+            let role = life.registry.as_ref().map(|registry| registry.status().borrow().role);
+            role == Some(Role::Leader)
+        });
+        leaders.next().map(|(node, _)| *node)
     }
 
     fn each_other(&mut self, node: usize, act: impl Fn(&mut turmoil::Sim<'_>, &str, &str)) {

@@ -1,4 +1,4 @@
-//! tokio for openraft, with election time-outs drawn from a generator that a test can seed.
+//! tokio for openraft, with election time-outs drawn from a generator that a simulation can seed.
 //!
 //! Nothing else in openraft is random, so that under a paused clock a seed determines a whole run.
 
@@ -18,7 +18,6 @@ thread_local! {
 }
 
 /// Seeds this thread's election time-outs.
-#[cfg(test)]
 pub(crate) fn seed(seed: u64) {
     GENERATOR.with_borrow_mut(|generator| *generator = StdRng::seed_from_u64(seed));
 }
