@@ -48,8 +48,9 @@ const DRAIN_BYTES_PER_S: u32 = 64;
 const ABANDONED_MAX: usize = 128;
 /// Beyond these, its streams are taken on one by one at this pace: a stream that is opened and reset costs it nothing.
 const ABANDONED_PAUSE: Duration = Duration::from_millis(20);
-/// Exchanges of one client at once; above the concurrency of any tenant.
-const STREAMS_MAX: u32 = 64;
+/// Exchanges of one client at once; twice what the largest tier runs unless configured otherwise. Each may make this node
+/// hold some 200 KiB, in pieces of a question with holes between them.
+const STREAMS_MAX: u32 = 32;
 /// Bytes that one stream may have under way.
 const STREAM_WINDOW: u32 = 256 * 1024;
 /// Bytes that one client may have under way to this node; quinn's default has no bound.

@@ -4,6 +4,7 @@ mod fixture;
 mod door;
 mod doorstep;
 mod flood;
+mod gaps;
 mod inviting;
 mod joining;
 mod hostile;
