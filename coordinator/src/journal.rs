@@ -9,7 +9,7 @@
 //! The keeper is chosen by the request's id among the other nodes ([`keeper`]), so that whoever is asked to go on knows
 //! whom to ask ([`whom_to_ask`]). Writing lags behind the client on purpose: what a record lacks is computed again, and
 //! the same tokens come out. [`trail`] is the entry node's side, one per request, [`records`] the keeper's, one per
-//! node, [`idempotency`] gives a request that is sent twice the same id, [`ranges`] bills what was delivered once. Driven by [`crate::forward`] and the node's
+//! node, [`idempotency`] gives a request that is sent twice the same id. Driven by [`crate::forward`] and the node's
 //! peer door; nothing here knows who may have a record: whoever takes one compares its tenant with the client's.
 
 use shared::cluster::NodePhase;
@@ -21,7 +21,6 @@ use crate::route::RoutingTable;
 pub mod trail;
 pub mod records;
 pub mod idempotency;
-pub mod ranges;
 
 /// Nodes that are asked for a record. A keeper is among the first two but when nodes came and went since; each that
 /// came can put it one place back.

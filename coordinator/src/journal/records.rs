@@ -118,7 +118,7 @@ impl Records {
     }
 
     /// Forgets what nobody comes back for, and hands it out: what a record holds was delivered, and is said to those
-    /// who bill once more, for an entry node that died before it could ([`super::ranges`]). Called now and then.
+    /// who bill once more, for an entry node that died before it could . Called now and then.
     pub fn forget(&mut self, now: Instant) -> Vec<JournalRecord> {
         let over: Vec<RequestId> =
             self.entries.iter().filter(|(_, entry)| is_over(now, entry)).map(|(id, _)| *id).collect();

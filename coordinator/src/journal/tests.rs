@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use proptest::prelude::*;
 use shared::cluster::{NodeLoad, NodePhase};
 use shared::id::{Route, TenantId};
 use shared::request::{Emitted, Envelope, Generation, Sampling};
@@ -12,7 +11,6 @@ use shared::tenant::Tier;
 use wire::node::{JournalDelta, JournalRecord};
 
 use super::idempotency::{RequestIds, same};
-use super::ranges::{Delivered, Ledger, Range, of_record};
 use super::records::{GAP, KEPT_FOR, Records, TAKEN, furthest, understood};
 use super::trail::{BEHIND, BEHIND_TOKENS, Kept, Put, Trail};
 use super::*;
@@ -327,8 +325,7 @@ mod keeping {
         let deadline = start + Duration::from_secs(30);
         assert!(records.forget(deadline + KEPT_FOR).is_empty() && records.len() == 1, "it may still run");
         let over = records.forget(deadline + KEPT_FOR + Duration::from_millis(1));
-        let ranges: Vec<Range> = over.iter().flat_map(|record| of_record(ID, &record.emitted)).collect();
-        assert_eq!(ranges, [Range { request: ID, choice: 0, from: 0, to: 4 }]);
+        assert_eq!(over.iter().map(|record| record.emitted.n_tokens()).collect::<Vec<_>>(), [4]);
         assert!(records.is_empty() && records.take(start, ID).is_none());
         records.open(start, &node(0), record(start, 1, 4)).expect("new");
         records.put(start, &node(0), &JournalDelta { finished: true, ..delta(1, 4..4) }).expect("its end");
@@ -367,46 +364,5 @@ mod twice {
         assert_eq!(same(&before, &seeded), Ok(()));
         let code = same(&before, &envelope(start, &[1, 3])).map_err(|error| error.code);
         assert_eq!(code, Err("idempotency_key_reused"));
-    }
-}
-
-mod billing {
-    use super::*;
-    use shared::token::TokenEvent;
-
-    fn token(seq: u32) -> TokenEvent {
-        TokenEvent::Token { choice: 0, seq, id: 1, logprobs: None }
-    }
-
-    /// The first entry node dies before it says all; the second begins with what the client has.
-    #[test]
-    fn two_entry_nodes_bill_every_token_once() {
-        let mut ledger = Ledger::default();
-        let mut first = Delivered::new(ID, 1, &[]);
-        (0..5).for_each(|seq| first.on_event(&token(seq)));
-        let said = first.unsaid();
-        assert_eq!(said, [Range { request: ID, choice: 0, from: 0, to: 5 }]);
-        assert_eq!(first.unsaid(), []);
-        (5..9).for_each(|seq| first.on_event(&token(seq)));
-        let mut second = Delivered::new(ID, 1, &[9]);
-        (9..12).for_each(|seq| second.on_event(&token(seq)));
-        let all = [said.clone(), second.unsaid(), said];
-        let new: Vec<u32> = all.concat().into_iter().map(|range| ledger.bill(range)).collect();
-        assert_eq!((new, ledger.billed(ID)), (vec![5, 7, 0], 12));
-    }
-
-    proptest! {
-        #[test]
-        fn the_ledger_counts_the_union(ranges in proptest::collection::vec((0_u32..40, 0_u32..12), 0..20)) {
-            let mut ledger = Ledger::default();
-            let mut all = BTreeSet::new();
-            for (from, length) in ranges {
-                let before = all.len();
-                all.extend(from..from + length);
-                let new = ledger.bill(Range { request: ID, choice: 0, from, to: from + length });
-                prop_assert_eq!(new as usize, all.len() - before);
-            }
-            prop_assert_eq!(ledger.billed(ID), all.len() as u64);
-        }
     }
 }

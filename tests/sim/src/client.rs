@@ -18,8 +18,6 @@ use crate::plan::{Planned, WARM_UP_MS, name};
 const SILENCE: Duration = Duration::from_millis(1500);
 /// A client comes back for so long.
 const COMES_BACK_FOR: Duration = Duration::from_secs(25);
-/// A node that was heard for so long after it accepted a request has the record kept elsewhere.
-const KEPT_WITHIN: Duration = Duration::from_millis(300);
 
 /// How a visit to one node ended.
 enum Visit {
@@ -37,6 +35,8 @@ enum Visit {
 pub struct Client {
     planned: Planned,
     n_nodes: usize,
+    /// A node that was heard for so long after it accepted a request has the record kept elsewhere.
+    kept_within: Duration,
     oracle: Oracle,
     have: Vec<Have>,
     accepted: Option<(RequestId, Instant)>,
@@ -49,9 +49,9 @@ pub struct Client {
 
 impl Client {
     /// A client with one request.
-    pub fn new(planned: Planned, n_nodes: usize, oracle: Oracle) -> Self {
+    pub fn new(planned: Planned, n_nodes: usize, kept_within: Duration, oracle: Oracle) -> Self {
         let have = vec![Have::default(); planned.n as usize];
-        Self { planned, n_nodes, oracle, have, accepted: None, heard_at: Instant::now(), last_token: None }
+        Self { planned, n_nodes, kept_within, oracle, have, accepted: None, heard_at: Instant::now(), last_token: None }
     }
 
     /// Waits for its time, asks, and tells the oracle how it went.
@@ -68,18 +68,16 @@ impl Client {
                 Visit::Refused(code) => Some(Outcome::Refused(code)),
                 Visit::Unknown => {
                     let heard_at = self.heard_at;
-                    let lost = self.accepted.take().is_some_and(|(_, at)| heard_at > at + KEPT_WITHIN);
+                    let lost = self.accepted.take().is_some_and(|(_, at)| heard_at > at + self.kept_within);
                     self.oracle.on_unknown(key, lost);
                     None
                 }
                 Visit::Left => None,
             };
-            if let Some(outcome) = outcome {
+            let gave_up = (begin.elapsed() > COMES_BACK_FOR).then(|| Outcome::Refused("gave_up".to_owned()));
+            if let Some(outcome) = outcome.or(gave_up) {
                 let received = self.have.iter().map(|have| u64::from(have.next)).sum();
                 return self.oracle.on_outcome(key, outcome, received);
-            }
-            if begin.elapsed() > COMES_BACK_FOR {
-                return self.oracle.on_outcome(key, Outcome::Refused("gave_up".to_owned()), 0);
             }
             let rounds = u32::try_from((visit + 1) / self.n_nodes).unwrap_or(u32::MAX);
             tokio::time::sleep(Duration::from_millis(50) * rounds.min(20)).await;
@@ -196,9 +194,9 @@ async fn next_answer(stream: &mut TcpStream, decoder: &mut Decoder, buffer: &mut
 }
 
 /// Runs all clients, for ever.
-pub async fn clients(plan: Vec<Planned>, n_nodes: usize, oracle: Oracle) -> turmoil::Result {
+pub async fn clients(plan: Vec<Planned>, n_nodes: usize, kept_within: Duration, oracle: Oracle) -> turmoil::Result {
     for planned in plan {
-        tokio::task::spawn_local(Client::new(planned, n_nodes, oracle.clone()).live());
+        tokio::task::spawn_local(Client::new(planned, n_nodes, kept_within, oracle.clone()).live());
     }
     std::future::pending().await
 }

@@ -10,7 +10,6 @@ use std::time::Duration;
 use coordinator::actor::Coordinator;
 use coordinator::forward::{Forwarder, Journey};
 use coordinator::journal::idempotency::{RequestIds, same};
-use coordinator::journal::ranges::Delivered;
 use coordinator::journal::records::{Records, furthest};
 use coordinator::journal::whom_to_ask;
 use coordinator::registry::Registry;
@@ -21,7 +20,7 @@ use shared::request::{Emitted, Envelope};
 use shared::token::TokenEvent;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 use turmoil::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use turmoil::net::{TcpListener, TcpStream};
 use wire::client::{Answer, Ask, Decoder, Have, Piece};
@@ -35,8 +34,8 @@ use crate::plan::{Planned, base};
 /// Port of the clients.
 pub const CLIENTS: u16 = 7002;
 
-/// Usage that a crash may lose: what was delivered since the last time the disk was reached.
-pub const USAGE_EVERY: Duration = Duration::from_millis(50);
+/// The longest that usage waits for the disk, and always here.
+const FLUSH_AFTER: Duration = Duration::from_millis(50);
 
 /// How long other nodes may take to say whether they have a record.
 const FIND_WITHIN: Duration = Duration::from_millis(300);
@@ -57,10 +56,42 @@ pub struct Door {
     pub ids: RequestIds,
     /// Knows the tenants, where there is one.
     pub registry: Option<Registry>,
+    /// Takes what was delivered.
+    pub usage: mpsc::UnboundedSender<Usage>,
     /// A mistake built in.
     pub planted: Planted,
     /// Sees everything.
     pub oracle: Oracle,
+}
+
+/// What a node delivered of a request, with what the client had before: tokens of each choice.
+#[derive(Debug)]
+pub struct Usage {
+    request: RequestId,
+    delivered: Vec<u32>,
+}
+
+/// Writes usage to a disk, which outlives the node, for ever.
+pub async fn write_usage(mut usage: mpsc::UnboundedReceiver<Usage>, planted: Planted, oracle: Oracle) {
+    while let Some(first) = usage.recv().await {
+        tokio::time::sleep(FLUSH_AFTER).await;
+        let more = std::iter::from_fn(|| usage.try_recv().ok());
+        for Usage { request, delivered } in std::iter::once(first).chain(more) {
+            oracle.bill(request, &delivered, planted == Planted::BillsEveryVisit);
+        }
+    }
+}
+
+/// Says at the end of a visit, however it ends, what was delivered.
+struct Tap(mpsc::UnboundedSender<Usage>, Usage);
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        let Usage { request, delivered } = &mut self.1;
+        let usage = Usage { request: *request, delivered: std::mem::take(delivered) };
+        // A node that ends writes nothing more.
+        let _ = self.0.send(usage);
+    }
 }
 
 /// A request that goes on or begins, for one client connection.
@@ -160,9 +191,8 @@ impl Door {
         let Visit { journey, mut have } = visit;
         let id = journey.envelope.id;
         self.oracle.on_entry(id);
-        let n = journey.envelope.generation.n;
-        let counts: Vec<u32> = have.iter().map(|have| have.next).collect();
-        let mut delivered = Delivered::new(id, n, &counts);
+        let delivered = have.iter().map(|have| have.next).collect();
+        let mut tap = Tap(self.usage.clone(), Usage { request: id, delivered });
         if self.planted == Planted::IgnoresHave {
             have = vec![Have::default(); have.len()];
         }
@@ -179,11 +209,10 @@ impl Door {
             tokio::task::spawn_local(async move { forwarder.forward_kept(journey, Vec::new(), events).await });
         }
         for event in replay {
-            if !self.deliver(&event, &mut have, &mut delivered, write).await {
+            if !self.deliver(&event, &mut have, &mut tap, write).await {
                 return;
             }
         }
-        let mut said_at = Instant::now();
         let leaving = async {
             while self.phase.get() != NodePhase::Leaving {
                 tokio::time::sleep(Duration::from_millis(20)).await;
@@ -194,40 +223,29 @@ impl Door {
             let event = tokio::select! {
                 biased;
                 event = received.recv() => event,
-                () = &mut leaving => return self.say(&mut delivered),
-                () = tokio::time::sleep_until(said_at + USAGE_EVERY) => {
-                    (said_at, ()) = (Instant::now(), self.say(&mut delivered));
-                    continue;
-                }
+                () = &mut leaving => return,
             };
             match event {
                 Some(TokenEvent::Failed(error)) => {
-                    self.say(&mut delivered);
                     let status = if error.code == "queue_full" { 429 } else { 503 };
                     self.oracle.on_failed(error.code);
                     send(write, &Answer::Failed { status, retry_after_ms: 0, json: error.code.into() }).await;
                     return;
                 }
                 Some(event) => {
-                    if !self.deliver(&event, &mut have, &mut delivered, write).await {
-                        return self.say(&mut delivered);
+                    if !self.deliver(&event, &mut have, &mut tap, write).await {
+                        return;
                     }
                 }
                 None => break,
             }
         }
-        self.say(&mut delivered);
+        self.oracle.on_done(id);
         send(write, &Answer::Done).await;
     }
 
     /// Passes on what the client has not. False when it is gone.
-    async fn deliver(
-        &self,
-        event: &TokenEvent,
-        have: &mut [Have],
-        delivered: &mut Delivered,
-        write: &mut OwnedWriteHalf,
-    ) -> bool {
+    async fn deliver(&self, event: &TokenEvent, have: &mut [Have], tap: &mut Tap, write: &mut OwnedWriteHalf) -> bool {
         let (choice, first, ids, ends) = match event {
             TokenEvent::Token { choice, seq, id, .. } => (*choice, Some(*seq), id.to_le_bytes().to_vec(), false),
             TokenEvent::Finished { choice, .. } => (*choice, None, Vec::new(), true),
@@ -241,17 +259,10 @@ impl Door {
         let n_tokens = (ids.len() / 4) as u32;
         (have.next, have.ended) = (first + n_tokens, ends);
         let sent = send(write, &Answer::Piece(Piece { choice, first, n_tokens, opens: false, ends, json: ids })).await;
-        if sent {
-            delivered.on_event(event);
+        if let Some(delivered) = tap.1.delivered.get_mut(choice as usize).filter(|_| sent) {
+            *delivered = (*delivered).max(first + n_tokens);
         }
         sent
-    }
-
-    /// Writes usage where a crash does not reach it.
-    fn say(&self, delivered: &mut Delivered) {
-        for range in delivered.unsaid() {
-            self.oracle.bill(range, self.planted == Planted::BillsEveryVisit);
-        }
     }
 }
 

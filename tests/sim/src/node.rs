@@ -18,7 +18,7 @@ use shared::clock::Clock;
 use shared::cluster::{NodeLoad, NodePhase};
 use tokio::sync::mpsc;
 
-use crate::door::{Door, serve_clients};
+use crate::door::{Door, serve_clients, write_usage};
 use crate::engine::{Engine, Planted};
 use crate::network::{Peers, Streams, answer, datagrams, now, receive_beats, serve};
 use crate::oracle::Oracle;
@@ -119,6 +119,8 @@ impl Node {
                 tokio::task::spawn_local(async move { answer(start, &own.0, &own.1, answers).await });
             }
         });
+        let (usage, written) = mpsc::unbounded_channel();
+        tokio::task::spawn_local(write_usage(written, self.planted, self.oracle.clone()));
         let door = Door {
             coordinator: coordinator.clone(),
             forwarder,
@@ -127,6 +129,7 @@ impl Node {
             plan: self.plan.clone(),
             ids: RequestIds::derive(b"simulation"),
             registry: registry.clone(),
+            usage,
             planted: self.planted,
             oracle: self.oracle.clone(),
         };

@@ -7,7 +7,7 @@
 //! | I3 | attempts of a request rise at an entry node, and what an older one left behind is dropped | at every start |
 //! | I4 | a request runs on the adapter it was admitted with | in its tokens, which depend on it |
 //! | I5 | places taken and places free are all places; none is taken when all is over | every step, at the end |
-//! | I6 | tokens billed are tokens delivered | at the end |
+//! | I6 | tokens billed are tokens delivered, for every request answered in full; what a node that died within 150 ms of the end did not say counts apart | at the end |
 //! | I7 | a node's epoch never falls | every step |
 //! | I8 | no request runs after its deadline | in the engine |
 //! | I9 | a bounded number of runs for every node that has the client | at every start |
@@ -19,7 +19,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use coordinator::journal::ranges::{Ledger, Range};
 use coordinator::journal::trail::BEHIND_TOKENS;
 use shared::id::{NodeId, RequestId};
 
@@ -28,7 +27,7 @@ use shared::id::{NodeId, RequestId};
 const STARTS_MAX: usize = 8;
 
 /// A node that dies this soon after a client had everything may take the last words on it along: usage reaches the disk
-/// every 50 ms, the record its keeper within a message.
+/// after 50 ms, the record its keeper within a message.
 const LAST_WORD: Duration = Duration::from_millis(150);
 
 /// What a simulation saw. Clones are the same.
@@ -41,13 +40,16 @@ struct Seen {
     cut_off: BTreeSet<NodeId>,
     /// By request and entry node: attempts and where they ran.
     starts: BTreeMap<(RequestId, NodeId), Vec<(u32, NodeId)>>,
+    unbilled: u64,
+    /// When a node last said that a request is done; its client hears of it later.
+    done: BTreeMap<RequestId, Duration>,
     entries: BTreeMap<RequestId, usize>,
     ids: BTreeMap<u128, RequestId>,
     epochs: BTreeMap<(NodeId, u64), u64>,
     outcomes: BTreeMap<u128, Ended>,
     deaths: Vec<(Duration, usize)>,
-    ledger: Ledger,
-    visits: u32,
+    /// Tokens of each choice: of several that speak of one request the furthest counts.
+    billed: BTreeMap<RequestId, BTreeMap<u32, u64>>,
     unknown: usize,
     lost_records: Vec<u128>,
     moved: usize,
@@ -60,7 +62,6 @@ struct Seen {
 #[derive(Debug)]
 struct Ended {
     outcome: Outcome,
-    at: Duration,
     received: u64,
 }
 
@@ -101,6 +102,8 @@ pub struct Report {
     pub delivered: u64,
     /// Of these, those that are billed.
     pub billed: u64,
+    /// Those that are not: a node died before it could say its last word.
+    pub unbilled: u64,
     /// Everything that must not be.
     pub violations: Vec<String>,
 }
@@ -125,6 +128,13 @@ impl Oracle {
     /// A node has the client of a request from now on.
     pub fn on_entry(&self, id: RequestId) {
         *self.seen().entries.entry(id).or_default() += 1;
+    }
+
+    /// A node says that its client has everything.
+    pub fn on_done(&self, id: RequestId) {
+        let mut seen = self.seen();
+        let now = seen.now;
+        seen.done.insert(id, now);
     }
 
     /// A client knows its request's id.
@@ -168,12 +178,15 @@ impl Oracle {
         seen.deaths.push((now, node));
     }
 
-    /// Usage reached a disk. `apart`: a node's own, whatever others said.
-    pub fn bill(&self, range: Range, apart: bool) {
+    /// Usage reached a disk: tokens of each choice. `apart`: a node's own, whatever others said.
+    pub fn bill(&self, id: RequestId, delivered: &[u32], apart: bool) {
         let mut seen = self.seen();
-        seen.visits += u32::from(apart);
-        let shift = if apart { 1000 * seen.visits } else { 0 };
-        seen.ledger.bill(Range { from: range.from + shift, to: range.to + shift, ..range });
+        let billed = seen.billed.entry(id).or_default();
+        for (choice, n_tokens) in (0..).zip(delivered) {
+            let of_choice = billed.entry(choice).or_default();
+            let n_tokens = u64::from(*n_tokens);
+            *of_choice = if apart { *of_choice + n_tokens } else { n_tokens.max(*of_choice) };
+        }
     }
 
     /// A node ended an answer with an error.
@@ -209,7 +222,7 @@ impl Oracle {
     /// A request ended at its client, which received so many tokens.
     pub fn on_outcome(&self, key: u128, outcome: Outcome, received: u64) {
         let mut seen = self.seen();
-        let ended = Ended { outcome, at: seen.now, received };
+        let ended = Ended { outcome, received };
         if let Some(before) = seen.outcomes.insert(key, ended) {
             seen.violations.push(format!("{key} ended twice, first with {:?}", before.outcome));
         }
@@ -238,13 +251,18 @@ impl Oracle {
     /// Compares what is billed with what was delivered, when all usage has reached the disk.
     pub fn check_billing(&self) {
         let mut seen = self.seen();
-        let Seen { outcomes, ids, ledger, deaths, violations, .. } = &mut *seen;
-        for (key, Ended { outcome, at, received }) in outcomes.iter() {
-            let (Outcome::Complete { at: node }, Some(id)) = (outcome, ids.get(key)) else { continue };
-            let billed = ledger.billed(*id);
-            let died = |(when, who): &(Duration, usize)| who == node && *when >= *at && *when < *at + LAST_WORD;
-            let excused = if deaths.iter().any(died) { 2 * BEHIND_TOKENS as u64 } else { 0 };
-            if billed > *received || billed + excused < *received {
+        let Seen { outcomes, ids, billed, done, deaths, violations, unbilled, .. } = &mut *seen;
+        for (key, Ended { outcome, received }) in outcomes.iter() {
+            let Some((id, at)) = ids.get(key).and_then(|id| Some((id, done.get(id)?))) else { continue };
+            let billed = billed_of(billed, *id);
+            let Outcome::Complete { at: node } = outcome else { continue };
+            let lost = received.saturating_sub(billed);
+            let died = deaths.iter().any(|(when, who)| who == node && (*at..*at + LAST_WORD).contains(when));
+            let another_died = deaths.iter().any(|(when, who)| who != node && when >= at);
+            // The node's last words die with it, all of its record only with the record's keeper.
+            let excused = died && (lost <= 2 * BEHIND_TOKENS as u64 || another_died);
+            *unbilled += lost;
+            if billed > *received || lost > 0 && !excused {
                 violations.push(format!("I6: {billed} tokens of request {key} are billed, {received} delivered"));
             }
         }
@@ -257,6 +275,7 @@ impl Oracle {
             migrations: seen.starts.values().map(|starts| starts.len() - 1).sum(),
             resumes: seen.moved,
             unknown: seen.unknown,
+            unbilled: seen.unbilled,
             lost_records: seen.lost_records.clone(),
             failures: seen.failures.clone(),
             gap_max: seen.gaps.iter().copied().max().unwrap_or_default(),
@@ -266,7 +285,7 @@ impl Oracle {
         };
         for (key, ended) in &seen.outcomes {
             report.delivered += ended.received;
-            report.billed += seen.ids.get(key).map_or(0, |id| seen.ledger.billed(*id));
+            report.billed += seen.ids.get(key).map_or(0, |id| billed_of(&seen.billed, *id));
             match &ended.outcome {
                 Outcome::Complete { .. } => report.complete += 1,
                 Outcome::Refused(code) => *report.refused.entry(code.clone()).or_default() += 1,
@@ -274,4 +293,8 @@ impl Oracle {
         }
         report
     }
+}
+
+fn billed_of(billed: &BTreeMap<RequestId, BTreeMap<u32, u64>>, id: RequestId) -> u64 {
+    billed.get(&id).into_iter().flat_map(BTreeMap::values).sum()
 }

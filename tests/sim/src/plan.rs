@@ -48,11 +48,15 @@ pub enum Act {
     Cut(usize),
     /// What was cut is whole again.
     Mend(usize),
-    /// Nothing passes between the two; what was sent arrives afterwards, as QUIC's retransmissions would. turmoil's own
-    /// partitions lose bytes of a TCP stream for ever.
+    /// Nothing passes between the two hosts; what was sent arrives afterwards, as QUIC's retransmissions would. turmoil's
+    /// own partitions lose bytes of a TCP stream for ever. The host behind the last node is the clients'.
     Part(usize, usize),
     /// They meet again.
     Join(usize, usize),
+    /// What passes between the two hosts takes longer.
+    Slow(usize, usize),
+    /// It takes as long as before.
+    Swift(usize, usize),
     /// Whoever leads the registry is killed, and of the others that vote on it so many.
     KillLeader(usize),
     /// Whoever is down begins a new life.
@@ -200,6 +204,24 @@ pub fn troubles(random: &mut Random, n_nodes: usize, trouble: Trouble) -> Vec<(u
         };
     }
     acts.sort_by_key(|(at, _)| *at);
+    acts
+}
+
+/// What lost packets do to connections that repeat them: every few milliseconds a link stands still until its packet
+/// is sent again, once or twice as late, and now and then one is slow for a while. The clients' links are among them.
+pub fn weather(random: &mut Random, n_nodes: usize, until_ms: u64) -> Vec<(u64, Act)> {
+    let (mut acts, mut at) = (Vec::new(), WARM_UP_MS);
+    while at < until_ms {
+        let a = random.within(0, n_nodes as u64) as usize;
+        let b = (a + 1 + random.within(0, n_nodes as u64) as usize) % (n_nodes + 1);
+        let (begin, end, lasts) = match random.within(0, 12) {
+            0 => (Act::Slow(a, b), Act::Swift(a, b), random.within(200, 1000)),
+            1 | 2 => (Act::Part(a, b), Act::Join(a, b), random.within(60, 200)),
+            _ => (Act::Part(a, b), Act::Join(a, b), random.within(20, 60)),
+        };
+        acts.extend([(at, begin), (at + lasts, end)]);
+        at += random.within(20, 80);
+    }
     acts
 }
 

@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
-use coordinator::journal::ranges::of_record;
 use coordinator::journal::records::KEPT_FOR;
 use coordinator::registry::Registry;
 use coordinator::registry::status::Role;
@@ -16,12 +15,15 @@ use crate::client::clients;
 use crate::engine::{Planted, QUEUE_MAX};
 use crate::node::{Lives, Node};
 use crate::oracle::{Oracle, Report};
-use crate::plan::{Act, DEADLINE, Planned, name, registry_troubles, requests, steady_requests, troubles};
+use crate::plan::{Act, DEADLINE, Planned, name, registry_troubles, requests, steady_requests, troubles, weather};
 use crate::random::{Random, mix};
 use crate::registry::{Minutes, Shelf, VOTERS};
 
 /// Time of the network and of nodes passes in such steps.
 const TICK: Duration = Duration::from_millis(5);
+
+/// Longest time of a message on a slow link.
+const SLOW: Duration = Duration::from_millis(200);
 
 /// The host of all clients.
 const CLIENTS: &str = "clients";
@@ -57,9 +59,20 @@ pub fn run(scenario: Scenario) -> Report {
     // A quarter of the clusters lose one heartbeat of twenty.
     let lost_of_1000 = if random.within(0, 4) == 0 { 50 } else { 0 };
     let requests = requests(&mut random, n_nodes);
-    let acts = troubles(&mut random, n_nodes, trouble);
+    let mut acts = troubles(&mut random, n_nodes, trouble);
     let latency = Duration::from_millis(random.within(2, 12));
-    let setting = Setting { seed, n_nodes, step, lost_of_1000, latency, tick: TICK, planted, requests, registry: None };
+    // A third of the clusters lose packets on every link.
+    let mut dice = Random::new(mix(!seed));
+    let mut kept_within = Duration::from_millis(300);
+    if dice.within(0, 3) == 0 {
+        kept_within = Duration::from_secs(1);
+        let until_ms = acts.last().map_or(0, |(at, _)| *at);
+        acts.extend(weather(&mut dice, n_nodes, until_ms));
+        acts.sort_by_key(|(at, _)| *at);
+    }
+    let tick = TICK;
+    let setting =
+        Setting { seed, n_nodes, step, lost_of_1000, latency, tick, kept_within, planted, requests, registry: None };
     setting.run(acts)
 }
 
@@ -79,6 +92,7 @@ pub fn run_without_registry(seed: u64) -> (Report, Minutes) {
         lost_of_1000: 0,
         latency: Duration::from_millis(5),
         tick: 2 * TICK,
+        kept_within: Duration::from_millis(300),
         planted: Planted::Nothing,
         requests: steady_requests(&mut random, n_nodes),
         registry: Some((shelf, minutes.clone())),
@@ -94,6 +108,8 @@ struct Setting {
     lost_of_1000: u64,
     latency: Duration,
     tick: Duration,
+    /// A node that was heard for so long after it accepted a request has its record kept elsewhere.
+    kept_within: Duration,
     planted: Planted,
     requests: Vec<Planned>,
     registry: Option<(Rc<Shelf>, Minutes)>,
@@ -122,13 +138,16 @@ impl Setting {
             n_nodes: self.n_nodes,
             down: vec![false; self.n_nodes],
             connected: Vec::new(),
+            held: BTreeMap::new(),
+            latency: self.latency,
             registry: self.registry.clone(),
         };
         (0..self.n_nodes).for_each(|i| self.start(i, &mut world));
-        let (asked, n_nodes, oracle) = (self.requests.clone(), self.n_nodes, world.oracle.clone());
-        world.sim.host(CLIENTS, move || clients(asked.clone(), n_nodes, oracle.clone()));
-        world.pass(acts, &self.requests, end_ms);
-        world.close(&self.requests)
+        let Self { n_nodes, kept_within, requests, .. } = self;
+        let (asked, oracle) = (requests.clone(), world.oracle.clone());
+        world.sim.host(CLIENTS, move || clients(asked.clone(), n_nodes, kept_within, oracle.clone()));
+        world.pass(acts, &requests, end_ms);
+        world.close(&requests)
     }
 
     fn start(&self, i: usize, world: &mut World<'_>) {
@@ -155,6 +174,10 @@ struct World<'a> {
     down: Vec<bool>,
     /// Nodes that count as reached again, and when.
     connected: Vec<(u64, usize)>,
+    /// By how many troubles a link is held.
+    held: BTreeMap<(String, String), u32>,
+    /// Longest time of a message where nothing is slow.
+    latency: Duration,
     registry: Option<(Rc<Shelf>, Minutes)>,
 }
 
@@ -211,8 +234,10 @@ impl World<'_> {
             }
             // What nobody comes back for is billed in the end.
             let forgotten = life.records.borrow_mut().forget(later);
-            let ranges = forgotten.iter().flat_map(|record| of_record(record.envelope.id, &record.emitted));
-            ranges.for_each(|range| self.oracle.bill(range, false));
+            for record in forgotten {
+                let tokens = record.emitted.0.iter().map(|choice| choice.tokens.len() as u32);
+                self.oracle.bill(record.envelope.id, &tokens.collect::<Vec<_>>(), false);
+            }
         }
         self.oracle.check_billing();
         if let Some((_, minutes)) = &self.registry {
@@ -247,26 +272,28 @@ impl World<'_> {
             Act::Drain(node) => self.say(node, NodePhase::Draining),
             Act::Leave(node) => self.say(node, NodePhase::Leaving),
             Act::Hold(node) => {
-                self.each_other(node, |sim, node, other| sim.hold(node, other));
-                self.sim.hold(name(node).as_str(), CLIENTS);
+                self.each_other(node, Self::hold);
+                self.hold(&self.host(node), CLIENTS);
                 self.cut_off(node);
             }
             Act::Release(node) => {
-                self.each_other(node, |sim, node, other| sim.release(node, other));
-                self.sim.release(name(node).as_str(), CLIENTS);
+                self.each_other(node, Self::release);
+                self.release(&self.host(node), CLIENTS);
                 self.connected.push((now_ms + 500, node));
             }
             Act::Cut(node) => {
-                self.each_other(node, |sim, node, other| sim.hold(node, other));
+                self.each_other(node, Self::hold);
                 self.cut_off(node);
             }
             Act::Mend(node) => {
-                self.each_other(node, |sim, node, other| sim.release(node, other));
+                self.each_other(node, Self::release);
                 // What was held is heard by then.
                 self.connected.push((now_ms + 500, node));
             }
-            Act::Part(a, b) => self.sim.hold(name(a).as_str(), name(b).as_str()),
-            Act::Join(a, b) => self.sim.release(name(a).as_str(), name(b).as_str()),
+            Act::Part(a, b) => self.hold(&self.host(a), &self.host(b)),
+            Act::Join(a, b) => self.release(&self.host(a), &self.host(b)),
+            Act::Slow(a, b) => self.sim.set_link_max_message_latency(self.host(a), self.host(b), SLOW),
+            Act::Swift(a, b) => self.sim.set_link_max_message_latency(self.host(a), self.host(b), self.latency),
             Act::KillLeader(n_others) => {
                 let leader = self.leader();
                 let others = (0..VOTERS).filter(|voter| Some(*voter) != leader).take(n_others);
@@ -288,9 +315,27 @@ impl World<'_> {
         leaders.next().map(|(node, _)| *node)
     }
 
-    fn each_other(&mut self, node: usize, act: impl Fn(&mut turmoil::Sim<'_>, &str, &str)) {
+    fn host(&self, i: usize) -> String {
+        if i == self.n_nodes { CLIENTS.to_owned() } else { name(i).to_string() }
+    }
+
+    /// Nothing passes between two hosts until each that held them has let go.
+    fn hold(&mut self, a: &str, b: &str) {
+        *self.held.entry(pair(a, b)).or_default() += 1;
+        self.sim.hold(a, b);
+    }
+
+    fn release(&mut self, a: &str, b: &str) {
+        let Some(n) = self.held.get_mut(&pair(a, b)).filter(|n| **n > 0) else { return };
+        *n -= 1;
+        if *n == 0 {
+            self.sim.release(a, b);
+        }
+    }
+
+    fn each_other(&mut self, node: usize, act: impl Fn(&mut Self, &str, &str)) {
         for other in (0..self.n_nodes).filter(|other| *other != node) {
-            act(&mut self.sim, name(node).as_str(), name(other).as_str());
+            act(self, name(node).as_str(), name(other).as_str());
         }
     }
 
@@ -304,4 +349,8 @@ impl World<'_> {
             life.phase.set(phase);
         }
     }
+}
+
+fn pair(a: &str, b: &str) -> (String, String) {
+    (a.min(b).to_owned(), a.max(b).to_owned())
 }
