@@ -66,7 +66,8 @@ pub fn attention(
     let positions_max = check_runs(runs, n_rows, kv);
     let group = n_heads / layout.n_kv_heads;
     let rows_per_tile = (QUERIES / group).max(1);
-    let stride = positions_max.next_multiple_of(PAGE_TOKENS);
+    // An odd number of cache lines: queries a multiple of 4 KiB apart would push each other out of the nearest cache.
+    let stride = (positions_max.div_ceil(PAGE_TOKENS) | 1) * PAGE_TOKENS;
     let per_thread = rows_per_tile * group * stride;
     scratch.probabilities.grow::<f32>(pool.threads() * per_thread);
     let probabilities = OutMat::new(

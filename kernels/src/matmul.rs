@@ -6,10 +6,13 @@
 //! rows, the split, the threads or the backend.
 
 mod quantise;
+mod prepare;
 mod scalar;
 mod vector;
 
 use std::ops::Range;
+
+pub use self::prepare::{add_and_norm, gate};
 
 use self::quantise::Activations;
 use crate::aligned::OutMat;
@@ -44,6 +47,8 @@ pub enum Precision {
 #[derive(Debug, Default)]
 pub struct Scratch {
     activations: Activations,
+    /// Rows and inputs that [`add_and_norm`] or [`gate`] has rounded for the next product.
+    prepared: Option<(usize, usize)>,
 }
 
 /// One product of a group.
@@ -86,6 +91,33 @@ pub fn matmul_group(
     products: &mut [Product<'_>],
     scratch: &mut Scratch,
 ) {
+    multiply(pool, precision, x, n_rows, products, scratch, false);
+}
+
+/// As [`matmul_group`], for an `x` that [`add_and_norm`] or [`gate`] has just made: its rounded form lies in `scratch`.
+///
+/// # Panics
+/// As [`matmul_group`], or when the last call with `scratch` made another `x`.
+pub fn matmul_group_prepared(
+    pool: &Pool,
+    precision: Precision,
+    x: &[f32],
+    n_rows: usize,
+    products: &mut [Product<'_>],
+    scratch: &mut Scratch,
+) {
+    multiply(pool, precision, x, n_rows, products, scratch, true);
+}
+
+fn multiply(
+    pool: &Pool,
+    precision: Precision,
+    x: &[f32],
+    n_rows: usize,
+    products: &mut [Product<'_>],
+    scratch: &mut Scratch,
+    is_prepared: bool,
+) {
     let Some(first) = products.first() else { return };
     assert!(products.len() <= GROUP_MAX, "{} products in one group", products.len());
     let n_in = first.w.n_in();
@@ -101,7 +133,12 @@ pub fn matmul_group(
     let group = Group::new(&jobs, precision, n_rows, pool.threads());
     let backend = backend::active();
     if group.quantised {
-        scratch.activations.fill(pool, backend, x, n_rows, n_in);
+        let prepared = scratch.prepared.take();
+        if is_prepared {
+            assert_eq!(prepared, Some((n_rows, n_in)), "rows and inputs that were prepared");
+        } else {
+            scratch.activations.fill(pool, backend, x, n_rows, n_in);
+        }
     }
     let activations = &scratch.activations;
     pool.run_chunks(group.n_units, 1, &|units| group.run_unit(units.start, backend, x, activations));

@@ -7,7 +7,7 @@ mod scalar;
 pub(crate) mod vector;
 
 use crate::aligned::OutMat;
-use crate::backend;
+use crate::backend::{self, Backend};
 use crate::pool::Pool;
 
 /// Values per task of the cheap operations: some µs, above the price of a fork.
@@ -73,11 +73,15 @@ pub fn rms_norm(pool: &Pool, x: &[f32], n_rows: usize, w: &[f32], eps: f32, out:
         for row in rows {
             // SAFETY: each row is handed out once.
             let out = unsafe { target.cols(row, 0, n) };
-            let kernel = vector::RmsNorm { x: &x[row * n..][..n], w, eps, out };
-            // SAFETY: the active backend is available.
-            unsafe { backend.run(kernel, |k| scalar::rms_norm(k.x, k.w, k.eps, k.out)) };
+            norm_row(backend, &x[row * n..][..n], w, eps, out);
         }
     });
+}
+
+/// [`rms_norm`] of one row with the active backend; the three have one length.
+pub(crate) fn norm_row(backend: Backend, x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
+    // SAFETY: the active backend is available.
+    unsafe { backend.run(vector::RmsNorm { x, w, eps, out }, |k| scalar::rms_norm(k.x, k.w, k.eps, k.out)) };
 }
 
 /// Rotates the pairs (`i`, `i + head_dim / 2`) of every head by the angle of the row's position, in place;
@@ -124,10 +128,14 @@ pub fn swiglu(pool: &Pool, gate: &[f32], up: &[f32], out: &mut [f32]) {
     pool.run_chunks(n, GATES_PER_TASK, &|part| {
         // SAFETY: each stretch is handed out once.
         let out = unsafe { target.cols(0, part.start, part.len()) };
-        let kernel = vector::SwiGlu { gate: &gate[part.clone()], up: &up[part], out };
-        // SAFETY: the active backend is available.
-        unsafe { backend.run(kernel, |k| scalar::swiglu(k.gate, k.up, k.out)) };
+        gate_values(backend, &gate[part.clone()], &up[part], out);
     });
+}
+
+/// [`swiglu`] of some values with the active backend; the three have one length.
+pub(crate) fn gate_values(backend: Backend, gate: &[f32], up: &[f32], out: &mut [f32]) {
+    // SAFETY: the active backend is available.
+    unsafe { backend.run(vector::SwiGlu { gate, up, out }, |k| scalar::swiglu(k.gate, k.up, k.out)) };
 }
 
 /// `y += x`, value by value. One rounding each, so there is nothing for a backend to decide.

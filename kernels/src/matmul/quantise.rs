@@ -6,6 +6,8 @@
 //!
 //! Eight rows lie together, block by block, so that a tile of rows is one stream with everything at fixed places.
 
+use std::ops::Range;
+
 use super::scalar::quantise_row;
 use super::vector::int8::QuantiseRow;
 use crate::aligned::OutMat;
@@ -49,26 +51,45 @@ pub(super) struct Activations {
 impl Activations {
     /// Rounds `x` `[n_rows, n_in]`; `n_in` is a multiple of 32.
     pub(super) fn fill(&mut self, pool: &Pool, backend: Backend, x: &[f32], n_rows: usize, n_in: usize) {
+        let target = self.target(n_rows, n_in);
+        pool.run_chunks(n_rows.div_ceil(ROWS), 1, &|groups| {
+            for row in rows_of(groups.start, n_rows) {
+                // SAFETY: each group is handed out once.
+                unsafe { round(backend, &target, row, 0, &x[row * n_in..][..n_in]) };
+            }
+        });
+    }
+
+    /// Where the blocks of `n_rows` rows go, `[n_rows / 8][n_in / 32]`.
+    pub(super) fn target(&mut self, n_rows: usize, n_in: usize) -> OutMat<Rounded> {
         let (n_groups, n_blocks) = (n_rows.div_ceil(ROWS), n_in / BLOCK);
         if self.blocks.len() < n_groups * n_blocks {
             self.blocks.resize(n_groups * n_blocks, Rounded::ZERO);
         }
-        let target = OutMat::new(&mut self.blocks[..n_groups * n_blocks], n_groups, n_blocks);
-        pool.run_chunks(n_groups, 1, &|groups| {
-            // SAFETY: each group is handed out once.
-            let blocks = unsafe { target.cols(groups.start, 0, n_blocks) };
-            for row in groups.start * ROWS..(groups.end * ROWS).min(n_rows) {
-                let kernel = QuantiseRow { x: &x[row * n_in..][..n_in], blocks, row: row % ROWS };
-                // SAFETY: the active backend is available.
-                unsafe { backend.run(kernel, |k| quantise_row(k.x, k.blocks, k.row)) };
-            }
-        });
+        OutMat::new(&mut self.blocks[..n_groups * n_blocks], n_groups, n_blocks)
     }
 
     /// The blocks of the eight rows from `first` on, a multiple of 8; the last fill must have had this `n_in`.
     pub(super) fn rows(&self, first: usize, n_in: usize) -> &[Rounded] {
         debug_assert!(first.is_multiple_of(ROWS));
         &self.blocks[first / ROWS * (n_in / BLOCK)..][..n_in / BLOCK]
+    }
+}
+
+/// The rows of a group of eight.
+pub(super) fn rows_of(group: usize, n_rows: usize) -> Range<usize> {
+    group * ROWS..((group + 1) * ROWS).min(n_rows)
+}
+
+/// Rounds inputs of a row from `first` on, both whole blocks.
+///
+/// # Safety
+/// The backend is available, and no other thread touches these blocks of the row's group.
+pub(super) unsafe fn round(backend: Backend, target: &OutMat<Rounded>, row: usize, first: usize, x: &[f32]) {
+    // SAFETY: the contract of this function.
+    unsafe {
+        let blocks = target.cols(row / ROWS, first / BLOCK, x.len() / BLOCK);
+        backend.run(QuantiseRow { x, blocks, row: row % ROWS }, |k| quantise_row(k.x, k.blocks, k.row));
     }
 }
 

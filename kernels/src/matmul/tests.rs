@@ -5,6 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::matrix::BlockType;
+use crate::ops;
 use crate::testing::{Noise, bits, check, on_every_backend, with};
 
 on_every_backend! {
@@ -12,6 +13,7 @@ on_every_backend! {
     a_row_alone_equals_the_row_in_a_batch,
     threads_and_split_leave_no_trace,
     a_group_equals_separate_products,
+    prepared_products_equal_separate_steps,
     f32_products_are_as_close_as_f32_sums_can_be,
     int8_products_stay_within_the_rounding_of_activations,
     damaged_activations_show_in_their_row_only,
@@ -153,6 +155,54 @@ fn exact(x: &[f32], w: &[f32]) -> (f64, f64) {
 /// unit roundoff 2^-24; the higher-order part is below the slack of rounding n up by one).
 fn chain_tolerance(steps: usize, magnitude: f64) -> f64 {
     (steps + 1) as f64 * f64::from(2f32.powi(-24)) * magnitude
+}
+
+fn prepared_products_equal_separate_steps(backend: Backend) {
+    let (hidden, inner) = (96, 288);
+    let mut noise = Noise::new(29);
+    let (up, down) = (matrix(1, inner, hidden, &mut noise), matrix(4, hidden, inner, &mut noise));
+    let w = noise.values(hidden);
+    for (n_rows, precision) in [(1, Precision::Int8), (8, Precision::F32), (19, Precision::Int8)] {
+        let (start, added) = (noise.values(n_rows * hidden), noise.values(n_rows * hidden));
+        let steps = |together: bool, threads: usize| {
+            with(backend, || {
+                let (pool, mut scratch) = (Pool::new(threads), Scratch::default());
+                let (mut residual, mut normed) = (start.clone(), vec![f32::NAN; n_rows * hidden]);
+                let (mut wide, mut gated) = (vec![f32::NAN; n_rows * inner], vec![f32::NAN; n_rows * inner]);
+                let mut out = vec![f32::NAN; n_rows * hidden];
+                if together {
+                    let added = Some(&added[..]);
+                    add_and_norm(&pool, precision, &mut residual, added, &w, 1e-5, &mut normed, &mut scratch);
+                    let products = &mut [Product { w: &up, out: &mut wide }];
+                    matmul_group_prepared(&pool, precision, &normed, n_rows, products, &mut scratch);
+                    gate(&pool, precision, n_rows, &wide, &wide, &mut gated, &mut scratch);
+                    let products = &mut [Product { w: &down, out: &mut out }];
+                    matmul_group_prepared(&pool, precision, &gated, n_rows, products, &mut scratch);
+                } else {
+                    ops::add_in_place(&pool, &mut residual, &added);
+                    ops::rms_norm(&pool, &residual, n_rows, &w, 1e-5, &mut normed);
+                    matmul(&pool, precision, &normed, n_rows, &up, &mut wide, &mut scratch);
+                    ops::swiglu(&pool, &wide, &wide, &mut gated);
+                    matmul(&pool, precision, &gated, n_rows, &down, &mut out, &mut scratch);
+                }
+                [bits(&residual), bits(&normed), bits(&gated), bits(&out)]
+            })
+        };
+        let expected = steps(false, 1);
+        assert_eq!(steps(true, 1), expected, "{n_rows} rows");
+        assert_eq!(steps(true, 3), expected, "{n_rows} rows on three threads");
+    }
+}
+
+#[test]
+fn a_product_of_something_else_than_what_was_prepared_is_refused() {
+    let w = matrix(1, 32, 32, &mut Noise::new(1));
+    let multiply = || {
+        let mut out = [0.0; 32];
+        let products = &mut [Product { w: &w, out: &mut out }];
+        matmul_group_prepared(&Pool::new(1), Precision::Int8, &[0.0; 32], 1, products, &mut Scratch::default());
+    };
+    assert!(std::panic::catch_unwind(multiply).is_err());
 }
 
 fn f32_products_are_as_close_as_f32_sums_can_be(backend: Backend) {

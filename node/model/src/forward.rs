@@ -213,6 +213,7 @@ impl Forward for Runtime {
             pass.attention_block(layer, block, &mut self.kv, &mut self.buffers);
             pass.feed_forward_block(layer, block, &mut self.buffers);
         }
+        pass.add_last(&mut self.buffers);
         // 4. The head, for the rows whose logits are wanted.
         head(&self.pool, self.precision, weights, info, &plan, self.n_logits_max, &mut self.buffers);
         self.buffers.plan = plan.into_spare();

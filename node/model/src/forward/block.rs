@@ -26,9 +26,10 @@ pub(super) struct Pass<'a> {
 // === impl Pass ===
 
 impl Pass<'_> {
-    /// `residual += O(attention(rope(Q(norm)), rope(K(norm)), V(norm)))`
+    /// `projected = O(attention(rope(Q(norm)), rope(K(norm)), V(norm)))`, after `residual += projected` of the layer
+    /// before: additions wait for the norm that reads them.
     pub(super) fn attention_block(&self, layer: usize, block: &LayerWeights, kv: &mut KvPool, buffers: &mut Buffers) {
-        let Self { pool, info, rope, plan, .. } = *self;
+        let Self { pool, precision, info, rope, plan } = *self;
         let n_rows = plan.n_rows();
         let (q_width, hidden) = info.linear_shape(Linear::Q);
         let (kv_width, _) = info.linear_shape(Linear::K);
@@ -39,10 +40,11 @@ impl Pass<'_> {
         let (k, v) = (&mut b.k[..n_rows * kv_width], &mut b.v[..n_rows * kv_width]);
         let projected = &mut b.projected[..n_rows * hidden];
 
-        ops::rms_norm(pool, residual, n_rows, &block.attn_norm, info.rms_eps, normed);
+        let added = (layer > 0).then_some(&*projected);
+        matmul::add_and_norm(pool, precision, residual, added, &block.attn_norm, info.rms_eps, normed, &mut b.matmul);
         let mut tools = Tools { segments: &mut b.segments, matmul: &mut b.matmul, lora: &mut b.lora };
         let qkv = [(Linear::Q, &mut *q), (Linear::K, &mut *k), (Linear::V, &mut *v)];
-        self.project(layer, block, normed, qkv, &mut tools);
+        self.project(layer, block, normed, true, qkv, &mut tools);
         if let Some([q_bias, k_bias, v_bias]) = &block.qkv_bias {
             ops::add_bias_rows(q, n_rows, q_bias);
             ops::add_bias_rows(k, n_rows, k_bias);
@@ -55,13 +57,12 @@ impl Pass<'_> {
         kv.store_runs(pool, layer, &plan.runs, k, v);
         let scale = 1.0 / (info.head_dim as f32).sqrt();
         attention(pool, q, info.n_heads, &plan.runs, kv, layer, scale, attended, &mut b.attention);
-        self.project(layer, block, attended, [(Linear::O, &mut *projected)], &mut tools);
-        ops::add_in_place(pool, residual, projected);
+        self.project(layer, block, attended, false, [(Linear::O, projected)], &mut tools);
     }
 
-    /// `residual += Down(silu(Gate(norm)) * Up(norm))`
+    /// `projected = Down(silu(Gate(norm)) * Up(norm))`, after `residual += projected` of the attention.
     pub(super) fn feed_forward_block(&self, layer: usize, block: &LayerWeights, buffers: &mut Buffers) {
-        let Self { pool, info, plan, .. } = *self;
+        let Self { pool, precision, info, plan, .. } = *self;
         let (n_rows, hidden, ffn) = (plan.n_rows(), info.hidden, info.ffn);
         let b = buffers;
         let residual = &mut b.residual[..n_rows * hidden];
@@ -70,26 +71,35 @@ impl Pass<'_> {
         let gated = &mut b.gated[..n_rows * ffn];
         let projected = &mut b.projected[..n_rows * hidden];
 
-        ops::rms_norm(pool, residual, n_rows, &block.ffn_norm, info.rms_eps, normed);
+        let added = Some(&*projected);
+        matmul::add_and_norm(pool, precision, residual, added, &block.ffn_norm, info.rms_eps, normed, &mut b.matmul);
         let mut tools = Tools { segments: &mut b.segments, matmul: &mut b.matmul, lora: &mut b.lora };
-        self.project(layer, block, normed, [(Linear::Gate, &mut *gate), (Linear::Up, &mut *up)], &mut tools);
-        ops::swiglu(pool, gate, up, gated);
-        self.project(layer, block, gated, [(Linear::Down, &mut *projected)], &mut tools);
-        ops::add_in_place(pool, residual, projected);
+        self.project(layer, block, normed, true, [(Linear::Gate, &mut *gate), (Linear::Up, &mut *up)], &mut tools);
+        matmul::gate(pool, precision, n_rows, gate, up, gated, tools.matmul);
+        self.project(layer, block, gated, true, [(Linear::Down, projected)], &mut tools);
+    }
+
+    /// The last `residual += projected`, which no norm of a layer follows.
+    pub(super) fn add_last(&self, buffers: &mut Buffers) {
+        let n = self.plan.n_rows() * self.info.hidden;
+        ops::add_in_place(self.pool, &mut buffers.residual[..n], &buffers.projected[..n]);
     }
 
     /// Linear layers of the same input `x`: `out = W x` for all rows, then each row's own adapter on top,
-    /// `out += s · B(A x)` (and, for DoRA, the row scale of the sum). Biases come after.
+    /// `out += s · B(A x)` (and, for DoRA, the row scale of the sum). Biases come after. `prepared` says that a kernel has
+    /// just made `x` and left what the product wants of it.
     fn project<const N: usize>(
         &self,
         layer: usize,
         block: &LayerWeights,
         x: &[f32],
+        prepared: bool,
         mut linears: [(Linear, &mut [f32]); N],
         tools: &mut Tools<'_>,
     ) {
         let mut products = linears.each_mut().map(|(linear, out)| Product { w: block.linear(*linear), out });
-        matmul::matmul_group(self.pool, self.precision, x, self.plan.n_rows(), &mut products, tools.matmul);
+        let multiply = if prepared { matmul::matmul_group_prepared } else { matmul::matmul_group };
+        multiply(self.pool, self.precision, x, self.plan.n_rows(), &mut products, tools.matmul);
         if self.plan.adapters.is_empty() {
             return;
         }
