@@ -92,23 +92,22 @@ pub fn attention(
         let position = run.start + tile * rows_per_tile;
         (&run.pages[..(position + rows.len()).div_ceil(PAGE_TOKENS)], rows, position)
     };
-    pool.run_stretches(n_tiles * layout.n_kv_heads, layout.n_kv_heads, &|thread, units| {
+    // One head of a tile at a time: with whole tiles, one thread would often wait for the other's last.
+    pool.run_stretches(n_tiles * layout.n_kv_heads, 1, &|thread, units| {
         // SAFETY: one row of the buffer per task of this call.
         let probabilities = unsafe { probabilities.cols(thread, 0, per_thread) };
-        let tile = units.start / layout.n_kv_heads;
+        let (tile, kv_head) = (units.start / layout.n_kv_heads, units.start % layout.n_kv_heads);
         let (pages, rows, position) = tile_of(tile);
-        for kv_head in 0..layout.n_kv_heads {
-            let next = if kv_head + 1 < layout.n_kv_heads {
-                Some((kv.blocks(layer, kv_head + 1), pages))
-            } else {
-                (tile + 1 < n_tiles).then(|| (kv.blocks(layer, 0), tile_of(tile + 1).0))
-            };
-            let (blocks, rows) = (kv.blocks(layer, kv_head), rows.clone());
-            let unit =
-                Unit { q, out: target, kv, layer, kv_head, blocks, group, rows, position, pages, next, scale, stride };
-            // SAFETY: the active backend is available; shapes were checked on entry, and units are disjoint.
-            unsafe { backend.run(vector::Attend(&unit, probabilities), |k| scalar::run(k.0, k.1)) };
-        }
+        let next = if kv_head + 1 < layout.n_kv_heads {
+            Some((kv.blocks(layer, kv_head + 1), pages))
+        } else {
+            (tile + 1 < n_tiles).then(|| (kv.blocks(layer, 0), tile_of(tile + 1).0))
+        };
+        let blocks = kv.blocks(layer, kv_head);
+        let unit =
+            Unit { q, out: target, kv, layer, kv_head, blocks, group, rows, position, pages, next, scale, stride };
+        // SAFETY: the active backend is available; shapes were checked on entry, and units are disjoint.
+        unsafe { backend.run(vector::Attend(&unit, probabilities), |k| scalar::run(k.0, k.1)) };
     });
 }
 
