@@ -4,7 +4,13 @@
 use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
 use std::sync::Arc;
 
+use memmap2::MmapMut;
+
 use crate::mapping::Mapping;
+
+/// Buffers from this size on are pages of the system, which take memory only where they are written; the allocator would
+/// write zeros over all of them.
+const PAGES_FROM: usize = 4 << 20;
 
 /// One cache line.
 #[derive(Clone, Copy)]
@@ -31,14 +37,13 @@ unsafe impl Plain for i32 {}
 unsafe impl Plain for f32 {}
 
 /// A zero-initialised buffer, or a read-only part of a file, whose first byte starts a cache line.
-#[derive(Clone)]
 pub(crate) struct Aligned {
     lines: Lines,
 }
 
-#[derive(Clone)]
 enum Lines {
     Owned(Vec<Line>),
+    Pages(MmapMut),
     Mapped { file: Arc<Mapping>, first: usize, n: usize },
 }
 
@@ -59,7 +64,10 @@ impl Aligned {
             return Self::default();
         }
         let layout = Layout::array::<Line>(n_lines).expect("a buffer size fits the address space");
-        // Not `vec![…]`, which would write every page: a large KV pool costs memory only where it is used.
+        if layout.size() >= PAGES_FROM {
+            let pages = MmapMut::map_anon(layout.size()).unwrap_or_else(|_| handle_alloc_error(layout));
+            return Self { lines: Lines::Pages(pages) };
+        }
         // SAFETY: the layout is not empty; zeros are a valid `Line`; pointer, length and capacity are what `Vec` with
         // the global allocator and this layout expects.
         let lines = unsafe {
@@ -83,6 +91,8 @@ impl Aligned {
     fn lines(&self) -> &[Line] {
         match &self.lines {
             Lines::Owned(lines) => lines,
+            // SAFETY: a mapping starts at a page, `zeros` asked for whole lines, and any bytes are a `Line`.
+            Lines::Pages(pages) => unsafe { std::slice::from_raw_parts(pages.as_ptr().cast(), pages.len() / 64) },
             // SAFETY: a mapping starts at a page, the range was checked in `mapped`, and any bytes are a `Line`.
             Lines::Mapped { file, first, n } => unsafe {
                 std::slice::from_raw_parts(file.bytes().as_ptr().cast::<Line>().add(*first), *n)
@@ -92,19 +102,21 @@ impl Aligned {
 
     /// # Panics
     /// When the memory belongs to a file.
-    fn lines_mut(&mut self) -> &mut Vec<Line> {
+    fn lines_mut(&mut self) -> &mut [Line] {
         match &mut self.lines {
             Lines::Owned(lines) => lines,
+            // SAFETY: as in `lines`, and the borrow is exclusive.
+            Lines::Pages(pages) => unsafe {
+                std::slice::from_raw_parts_mut(pages.as_mut_ptr().cast(), pages.len() / 64)
+            },
             Lines::Mapped { .. } => unreachable!("nothing writes into packed weights"),
         }
     }
 
-    /// Makes room for at least `n` values; keeps what is there when it is enough already.
+    /// Makes room for at least `n` values; keeps what is there when it is enough already, and forgets it otherwise.
     pub(crate) fn grow<T: Plain>(&mut self, n: usize) {
-        let n_lines = (n * size_of::<T>()).div_ceil(64);
-        let lines = self.lines_mut();
-        if lines.len() < n_lines {
-            lines.resize(n_lines, Line([0; 64]));
+        if self.lines().len() < (n * size_of::<T>()).div_ceil(64) {
+            *self = Self::zeros::<T>(n);
         }
     }
 
