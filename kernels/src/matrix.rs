@@ -213,8 +213,12 @@ impl Matrix {
     pub fn row(&self, i: usize, out: &mut [f32]) {
         assert!(i < self.n_out, "row {i} of {}", self.n_out);
         assert_eq!(out.len(), self.n_in, "a row has {} values", self.n_in);
+        let (panel, lane) = (i / PANEL, i % PANEL);
+        if let Storage::Coded(coded) = &self.storage {
+            return coded.row(panel, lane, out);
+        }
         for (k, value) in out.iter_mut().enumerate() {
-            *value = self.value(i / PANEL, i % PANEL, k);
+            *value = self.value(panel, lane, k);
         }
     }
 
@@ -325,10 +329,31 @@ impl Coded {
     }
 
     fn value(&self, panel: usize, lane: usize, k: usize, n_in: usize) -> f32 {
-        let code = (i32::from(self.code(panel, lane, k, n_in)) - self.zero()) as f32;
-        let scale = self.scale(panel, lane, k / self.form.group, n_in);
+        let factors = self.factors(panel, lane, k / self.form.group, n_in);
+        self.dequantised(self.code(panel, lane, k, n_in), factors)
+    }
+
+    /// A whole row; its factors are looked up once per group.
+    fn row(&self, panel: usize, lane: usize, out: &mut [f32]) {
+        let (n_in, len) = (out.len(), self.form.group);
+        for (group, values) in out.chunks_exact_mut(len).enumerate() {
+            let factors = self.factors(panel, lane, group, n_in);
+            for (k, value) in values.iter_mut().enumerate() {
+                *value = self.dequantised(self.code(panel, lane, group * len + k, n_in), factors);
+            }
+        }
+    }
+
+    /// Scale and, where the form has one, minimum of a group.
+    fn factors(&self, panel: usize, lane: usize, group: usize, n_in: usize) -> (f32, Option<f32>) {
+        let min = self.form.has_min.then(|| self.min(panel, lane, group, n_in));
+        (self.scale(panel, lane, group, n_in), min)
+    }
+
+    fn dequantised(&self, code: u8, (scale, min): (f32, Option<f32>)) -> f32 {
+        let code = (i32::from(code) - self.zero()) as f32;
         // The product is exact (at most 23 significant bits), so the sum rounds once, fused or not.
-        if self.form.has_min { scale * code + self.min(panel, lane, k / self.form.group, n_in) } else { scale * code }
+        min.map_or(scale * code, |min| scale * code + min)
     }
 
     /// Writes one block of a row; false when its scale or minimum is not finite.
