@@ -27,8 +27,7 @@ const ROW_BLOCK: usize = 64;
 const PANEL_PAIR: usize = 2;
 /// Units per thread: enough to even out a descheduled thread, few enough that taking one costs nothing.
 const UNITS_PER_THREAD: usize = 4;
-/// Most panels of a unit: 32 panels of 576 8-bit inputs are 288 KiB, so the row blocks of one chunk of weights find
-/// it in L2.
+/// Most panels of a unit: 32 panels of 576 8-bit inputs are 288 KiB, which all of its rows find in L2.
 const PANELS_PER_UNIT_MAX: usize = 32;
 /// Most products in one group; a transformer block needs three.
 pub const GROUP_MAX: usize = 8;
@@ -141,7 +140,7 @@ fn multiply(
         }
     }
     let activations = &scratch.activations;
-    pool.run_chunks(group.n_units, 1, &|units| group.run_unit(units.start, backend, x, activations));
+    pool.run_chunks(group.n_units(), 1, &|units| group.run_unit(units.start, backend, x, activations));
 }
 
 /// One product as the threads see it.
@@ -151,15 +150,17 @@ struct Job<'a> {
     out: OutMat,
 }
 
-/// The products of one call and how they are cut into units. Units of one chunk of panels stand together, so that
-/// its weights are read again from the cache.
+/// The products of one call and how they are cut into units. Units of the same rows stand together: a thread then makes
+/// and reads about the same rows in every operation of a step, and rows seldom cross from one core's cache to another's,
+/// which can cost more than reading weights once for each block of rows.
 struct Group<'a> {
     jobs: &'a [Option<Job<'a>>; GROUP_MAX],
     precision: Precision,
     quantised: bool,
     n_rows: usize,
     panels_per_unit: usize,
-    n_units: usize,
+    /// Units of each block of rows.
+    n_chunks: usize,
 }
 
 // === impl Group ===
@@ -172,25 +173,23 @@ impl<'a> Group<'a> {
             .div_ceil(threads * UNITS_PER_THREAD)
             .next_multiple_of(PANEL_PAIR)
             .clamp(PANEL_PAIR, PANELS_PER_UNIT_MAX);
-        let mut group = Self { jobs, precision, quantised, n_rows, panels_per_unit, n_units: 0 };
-        group.n_units = jobs.iter().flatten().map(|job| group.units_of(job)).sum();
-        group
+        let n_chunks = jobs.iter().flatten().map(|job| job.w.n_panels().div_ceil(panels_per_unit)).sum();
+        Self { jobs, precision, quantised, n_rows, panels_per_unit, n_chunks }
     }
 
-    fn units_of(&self, job: &Job<'_>) -> usize {
-        job.w.n_panels().div_ceil(self.panels_per_unit) * self.n_rows.div_ceil(ROW_BLOCK)
+    fn n_units(&self) -> usize {
+        self.n_chunks * self.n_rows.div_ceil(ROW_BLOCK)
     }
 
-    fn run_unit(&self, mut unit: usize, backend: Backend, x: &[f32], activations: &Activations) {
+    fn run_unit(&self, unit: usize, backend: Backend, x: &[f32], activations: &Activations) {
+        let (row, mut chunk) = (unit / self.n_chunks * ROW_BLOCK, unit % self.n_chunks);
         for job in self.jobs.iter().flatten() {
-            let n_units = self.units_of(job);
-            if unit >= n_units {
-                unit -= n_units;
+            let n_chunks = job.w.n_panels().div_ceil(self.panels_per_unit);
+            if chunk >= n_chunks {
+                chunk -= n_chunks;
                 continue;
             }
-            let row_blocks = self.n_rows.div_ceil(ROW_BLOCK);
-            let panel = unit / row_blocks * self.panels_per_unit;
-            let row = unit % row_blocks * ROW_BLOCK;
+            let panel = chunk * self.panels_per_unit;
             let panels = panel..(panel + self.panels_per_unit).min(job.w.n_panels());
             let rows = row..(row + ROW_BLOCK).min(self.n_rows);
             match &job.w.storage {
