@@ -157,7 +157,8 @@ pub struct Failover {
     tenant: TenantId,
     emitted: Emitted,
     n_unfinished: usize,
-    told_started: bool,
+    /// The client was told that it began, and whether the base stands in for its adapter.
+    told_started: Option<bool>,
     told_prompt: bool,
     current: Option<Run>,
     challenger: Option<Run>,
@@ -186,7 +187,7 @@ impl Failover {
             tenant,
             emitted: Emitted(vec![Default::default(); n]),
             n_unfinished: n,
-            told_started: false,
+            told_started: None,
             told_prompt: false,
             current: None,
             challenger: None,
@@ -205,12 +206,20 @@ impl Failover {
     }
 
     /// As [`Self::new`], for a request that another entry node served until it died: what its client has is
-    /// `emitted`, and its runs up to `attempt` are over.
-    pub fn resumed(place: Place, tenant: TenantId, emitted: Emitted, attempt: Attempt, mark: Mark) -> Self {
+    /// `emitted`, and its runs up to `attempt` are over. `fell_back`: the base stands in for its adapter.
+    pub fn resumed(
+        place: Place,
+        tenant: TenantId,
+        emitted: Emitted,
+        attempt: Attempt,
+        fell_back: bool,
+        mark: Mark,
+    ) -> Self {
         let n = u32::try_from(emitted.0.len()).unwrap_or(u32::MAX);
         let mut resumed = Self::new(place, tenant, n, mark);
         resumed.n_unfinished = emitted.0.iter().filter(|choice| !choice.finished).count().max(1);
-        (resumed.told_started, resumed.told_prompt) = (!emitted.is_empty(), !emitted.is_empty());
+        resumed.told_started = (!emitted.is_empty()).then_some(fell_back);
+        resumed.told_prompt = !emitted.is_empty();
         (resumed.emitted, resumed.attempts) = (emitted, attempt);
         resumed
     }
@@ -371,7 +380,15 @@ impl Failover {
     fn judge(&mut self, event: &TokenEvent) -> Verdict {
         let deliver_if = |new: bool| if new { Verdict::Deliver(None) } else { Verdict::Drop };
         match event {
-            TokenEvent::Started { .. } => deliver_if(!std::mem::replace(&mut self.told_started, true)),
+            TokenEvent::Started { fell_back, .. } => match self.told_started {
+                None => {
+                    self.told_started = Some(*fell_back);
+                    Verdict::Deliver(None)
+                }
+                Some(told) if told == *fell_back => Verdict::Drop,
+                // The client was told of other weights than these.
+                Some(_) => Verdict::Ended,
+            },
             TokenEvent::Prompt { .. } => deliver_if(!std::mem::replace(&mut self.told_prompt, true)),
             TokenEvent::Token { choice, seq, id, .. } => match self.emitted.0.get_mut(*choice as usize) {
                 Some(choice) if (*seq as usize) < choice.tokens.len() => Verdict::Drop,

@@ -127,10 +127,20 @@ impl<C: Carrier> Forwarder<C> {
             lock(&self.budget).deposit();
             Failover::new(place, tenant, envelope.generation.n, mark)
         } else {
-            Failover::resumed(place, tenant, emitted, attempt, mark)
+            Failover::resumed(place, tenant, emitted, attempt, envelope.fell_back, mark)
         };
         let tables = self.tables.clone();
-        let ride = Ride { forwarder: self, envelope, failover, tables, legs: [None, None], journal, attempt, events };
+        let ride = Ride {
+            forwarder: self,
+            fell_back: envelope.fell_back,
+            envelope,
+            failover,
+            tables,
+            legs: [None, None],
+            journal,
+            attempt,
+            events,
+        };
         ride.run().await;
     }
 
@@ -173,7 +183,10 @@ struct Journal {
 /// One request on its way.
 struct Ride<'a, C: Carrier> {
     forwarder: &'a Forwarder<C>,
+    /// As it was admitted.
     envelope: Envelope,
+    /// The base stands in for its adapter, at whatever node.
+    fell_back: bool,
     failover: Failover,
     tables: Tables,
     /// The current run and its challenger, in any order.
@@ -284,6 +297,9 @@ impl<C: Carrier> Ride<'_, C> {
                     Verdict::Deliver(loser) => {
                         loser.into_iter().for_each(|loser| self.cancel(loser));
                         self.journal.iter_mut().for_each(|journal| journal.trail.on_progress(now));
+                        if let TokenEvent::Started { fell_back: true, .. } = event {
+                            self.on_fallback().await;
+                        }
                         self.deliver(event).await?;
                         return ControlFlow::Continue(Vec::new());
                     }
@@ -302,6 +318,15 @@ impl<C: Carrier> Ride<'_, C> {
         tracing::debug!(request_id = %self.envelope.id, %node, attempt, ?end, "run ended");
         self.cancel(attempt);
         ControlFlow::Continue(self.decide(|failover, around| failover.on_ended(around, attempt, end)))
+    }
+
+    /// The node that runs the request cannot load its adapter, and its contract lets the base answer: so it stays,
+    /// even where the adapter can be loaded. The record says so before the client hears of it.
+    async fn on_fallback(&mut self) {
+        if !std::mem::replace(&mut self.fell_back, true) {
+            self.journal.iter_mut().for_each(|journal| journal.trail.on_change());
+            self.write_out().await;
+        }
     }
 
     /// Breaks when the client is gone.
@@ -353,7 +378,8 @@ impl<C: Carrier> Ride<'_, C> {
     fn start(&mut self, attempt: Attempt, node: NodeId, redirected: bool) {
         self.attempt = attempt;
         let epoch = if redirected { SERVE_HERE } else { self.tables.borrow().epoch() };
-        let start = Start { envelope: self.envelope.clone(), attempt, epoch, emitted: self.failover.emitted().clone() };
+        let envelope = told(&self.envelope, self.fell_back);
+        let start = Start { envelope, attempt, epoch, emitted: self.failover.emitted().clone() };
         tracing::debug!(request_id = %self.envelope.id, %node, attempt, redirected, "run starts");
         let (carrier, to) = (self.forwarder.carrier.clone(), node.clone());
         let starting: Starting<C::Run> = Box::pin(async move { carrier.start(&to, start).await });
@@ -380,7 +406,7 @@ impl<C: Carrier> Ride<'_, C> {
         let request = match put {
             Put::Add(deltas) => Request::JournalPut(deltas),
             Put::Open => Request::JournalOpen(Box::new(JournalRecord {
-                envelope: self.envelope.clone(),
+                envelope: told(&self.envelope, self.fell_back),
                 attempt: self.attempt,
                 answer: journal.answer.clone(),
                 emitted: emitted.clone(),
@@ -422,11 +448,11 @@ impl<C: Carrier> Ride<'_, C> {
         if self.journal.is_some() {
             // The client has everything: it does not wait for this.
             (self.events, _) = mpsc::channel(1);
-            let _ = tokio::time::timeout(LAST_WORD_WITHIN, self.write_last_word()).await;
+            let _ = tokio::time::timeout(LAST_WORD_WITHIN, self.write_out()).await;
         }
     }
 
-    async fn write_last_word(&mut self) {
+    async fn write_out(&mut self) {
         loop {
             self.write();
             let Some(journal) = &self.journal else { return };
@@ -448,10 +474,20 @@ impl<C: Carrier> Ride<'_, C> {
     }
 }
 
+/// The request as other nodes are to know it.
+fn told(envelope: &Envelope, fell_back: bool) -> Envelope {
+    let envelope = envelope.clone();
+    if fell_back { Envelope { adapter: None, fell_back: true, ..envelope } } else { envelope }
+}
+
 /// Why a run ended itself; anything but a failure broke the rules of the stream.
 fn reason(event: TokenEvent) -> RequestError {
     match event {
         TokenEvent::Failed(error) => error,
+        TokenEvent::Started { .. } => {
+            let message = "the adapter cannot be loaded where this request went on; hint: retry";
+            RequestError::new(ErrorKind::Unavailable, "adapter_unavailable", message)
+        }
         _ => RequestError::internal(),
     }
 }
@@ -479,3 +515,6 @@ fn fingerprint(envelope: &Envelope) -> ContentHash {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;

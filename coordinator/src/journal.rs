@@ -58,4 +58,4 @@ fn score(node: &NodeId, id: RequestId) -> u64 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -142,7 +142,11 @@ fn start(attempt: Attempt, node: &NodeId) -> Command {
 }
 
 fn started() -> TokenEvent {
-    TokenEvent::Started { queue_wait: Duration::ZERO, cached_tokens: 0, fell_back: false, adapter_hit: None }
+    started_on(false)
+}
+
+fn started_on(fell_back: bool) -> TokenEvent {
+    TokenEvent::Started { queue_wait: Duration::ZERO, cached_tokens: 0, fell_back, adapter_hit: None }
 }
 
 fn finished() -> TokenEvent {
@@ -397,9 +401,21 @@ fn a_resumed_request_tells_nothing_twice() {
     let mut bench = Bench::new();
     let choice = EmittedChoice { tokens: vec![100, 101], finished: false };
     let tenant = "acme".parse().expect("valid");
-    bench.failover = Failover::resumed(place(), tenant, Emitted(vec![choice]), 4, Mark::default());
+    bench.failover = Failover::resumed(place(), tenant, Emitted(vec![choice]), 4, false, Mark::default());
     let a = bench.a.clone();
     assert_eq!(bench.act(|failover, around| failover.begin(around)), [start(5, &a)]);
     assert_eq!(bench.event(5, started()), Verdict::Drop);
     assert_eq!(bench.token_at(5, 2), Verdict::Deliver(None));
+}
+
+#[test]
+fn a_client_that_was_told_of_its_adapter_is_not_answered_by_the_base_nor_the_other_way_round() {
+    for told in [false, true] {
+        let mut bench = Bench::begun();
+        let b = bench.b.clone();
+        assert_eq!(bench.event(1, started_on(told)), Verdict::Deliver(None));
+        assert_eq!(bench.end(1, End::Lost), [start(2, &b)]);
+        assert_eq!(bench.event(2, started_on(!told)), Verdict::Ended);
+        assert_eq!(bench.event(2, started_on(told)), Verdict::Drop);
+    }
 }

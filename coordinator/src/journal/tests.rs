@@ -30,7 +30,7 @@ fn tenant() -> TenantId {
 }
 
 /// Nodes n0 …, seen by `me`; those in `dead` are.
-fn table(n: usize, me: usize, dead: &[usize]) -> RoutingTable {
+pub(crate) fn table(n: usize, me: usize, dead: &[usize]) -> RoutingTable {
     table_of(n, me, |i| (if dead.contains(&i) { Health::Dead } else { Health::Alive }, 1))
 }
 
@@ -49,7 +49,7 @@ fn table_of(n: usize, me: usize, seen: impl Fn(usize) -> (Health, u64)) -> Routi
     Routes::new(RingKey::derive(b"test")).table(Arc::new(view))
 }
 
-fn envelope(at: Instant, prompt: &[u32]) -> Envelope {
+pub(crate) fn envelope(at: Instant, prompt: &[u32]) -> Envelope {
     let generation = Generation {
         prompt: prompt.into(),
         n: 1,
@@ -210,6 +210,22 @@ mod writing {
         trail.on_progress(start);
         assert_eq!(trail.next(start + BEHIND, &emitted(0, false), 1), None);
         assert_eq!(trail.wake_at(), None);
+    }
+
+    #[test]
+    fn a_request_that_changed_is_sent_whole_even_when_its_record_is_on_its_way() {
+        let start = now();
+        let mut trail = Trail::new(ID);
+        trail.on_table(&table(3, 0, &[]));
+        let (keeper, _) = trail.next(start, &emitted(0, false), 1).expect("the record is sent at once");
+        trail.on_change();
+        trail.on_kept(start, &keeper, Kept::Yes);
+        for answer in [Kept::Unknown, Kept::Yes] {
+            let at = trail.wake_at().unwrap_or(start);
+            assert_eq!(trail.next(at, &emitted(9, false), 1).map(|(_, put)| put), Some(Put::Open));
+            trail.on_kept(at, &keeper, answer);
+        }
+        assert!(trail.is_complete(&emitted(9, false)));
     }
 
     #[test]

@@ -60,6 +60,8 @@ pub struct Trail {
     /// Which life of the keeper's process: another one has no record.
     life: u64,
     open: bool,
+    /// What is sent once only has changed: no keeper has it yet.
+    changed: bool,
     taken: bool,
     kept: Vec<Mark>,
     /// What the keeper will have when the message under way is answered.
@@ -78,6 +80,7 @@ impl Trail {
             keeper: None,
             life: 0,
             open: false,
+            changed: false,
             taken: false,
             kept: Vec::new(),
             sending: None,
@@ -114,6 +117,11 @@ impl Trail {
         }
     }
 
+    /// The request itself is another one from now on: the whole record is to be sent.
+    pub fn on_change(&mut self) {
+        (self.open, self.changed) = (false, true);
+    }
+
     /// The client got more.
     pub fn on_progress(&mut self, now: Instant) {
         self.behind_since.get_or_insert(now);
@@ -139,6 +147,7 @@ impl Trail {
             }
             Put::Add(self.deltas(emitted, attempt))
         } else {
+            self.changed = false;
             Put::Open
         };
         (self.sending, self.behind_since, self.not_before) = (Some(now_has), None, None);
@@ -161,7 +170,7 @@ impl Trail {
         }
         let Some(sent) = self.sending.take() else { return };
         match kept {
-            Kept::Yes => (self.open, self.kept) = (true, sent),
+            Kept::Yes => (self.open, self.kept) = (!self.changed, sent),
             Kept::Gap => self.open = false,
             Kept::Taken => self.taken = true,
             Kept::Unknown => {

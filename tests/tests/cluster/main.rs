@@ -8,6 +8,7 @@ mod kill;
 mod entry;
 mod network;
 mod registry;
+mod fallback;
 mod doors;
 mod places;
 mod warm;
