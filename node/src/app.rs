@@ -6,6 +6,7 @@
 mod encode;
 pub mod serve;
 mod change;
+mod claim;
 mod resume;
 mod follow;
 pub mod upload;
@@ -19,7 +20,7 @@ use ::wire::client::Have;
 use adapters::Store;
 use coordinator::admission::{Admission, Demand, RateStatus, Reservation};
 use coordinator::auth::{AuthError, AuthedTenant, Scope};
-use coordinator::journal::idempotency::RequestIds;
+use coordinator::journal::idempotency::{Claims, RequestIds};
 use coordinator::registry::Registry;
 use coordinator::resolve::{Target, resolve, visible_models};
 use coordinator::route::no_node;
@@ -67,6 +68,8 @@ pub struct App {
     /// Places for encoding long inputs and compiling grammars, so that they never crowd out the engine.
     encoding: Semaphore,
     /// Places for checking uploads, each of which holds a whole file in memory.
+    /// Requests with idempotency keys that clients of this node are waiting for.
+    claims: Arc<Mutex<Claims>>,
     checking: Semaphore,
     /// Held from the change of an adapter's name to that of its file, so that two changes never cross.
     changing: tokio::sync::Mutex<()>,
@@ -121,6 +124,7 @@ impl App {
             encoding,
             checking,
             changing,
+            claims: Arc::default(),
         }
     }
 
@@ -444,6 +448,10 @@ impl Backend for App {
             ok: self.journal.is_healthy(),
             detail: format!("{backlog} records wait for the disk"),
         });
+    async fn claim(&self, request: RequestId) -> Result<CancelOnDrop, RequestError> {
+        self.claim_once(request).await
+    }
+
         checks.push(Check { name: "admitting", ok: !self.is_draining(), detail: String::new() });
         if let Some(cluster) = &self.cluster {
             let detail = "every other node has been heard, or waited for".to_owned();

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use coordinator::actor::{Coordinator, CoordinatorOptions, Heart};
 use coordinator::forward::{Carrier, Forwarder, Journey, Lost, Run};
+use coordinator::journal::idempotency::Stance;
 use coordinator::journal::records::{Records, furthest};
 use coordinator::journal::whom_to_ask;
 use coordinator::membership::detector::Health;
@@ -30,7 +31,7 @@ use shared::request::{Emitted, Envelope};
 use shared::tenant::TenantContract;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use wire::node::{Answer, Hello, JournalDelta, JournalRecord, Request, Response, ServedBase, Start};
+use wire::node::{Answer, Hello, JournalDelta, JournalRecord, Progress, Request, Response, ServedBase, Start};
 
 use crate::app::App;
 use crate::app::serve::{EVENTS_WAITING_MAX, Serving};
@@ -40,6 +41,8 @@ use crate::gateway::backend::CancelOnDrop;
 const HAND_OUT_WITHIN: Duration = Duration::from_secs(2);
 /// A node that starts waits this long for the others before it calls itself ready without them.
 const LOOK_ROUND: Duration = Duration::from_secs(3);
+/// Longest wait for a node to say whether it answers a request; one that is silent for longer is as good as away.
+const PROBE_WITHIN: Duration = Duration::from_millis(250);
 /// Longest wait for another node's record.
 const TAKE_WITHIN: Duration = Duration::from_millis(500);
 /// Longest wait for another node to write into a record.
@@ -263,6 +266,23 @@ impl ClusterNode {
         });
         // It ends with the last receiver of its events.
         Serving { events, cancel: CancelOnDrop::new(|| {}) }
+    }
+}
+
+impl ClusterNode {
+    /// Which other nodes answer a client's request, as those say that can be reached.
+    pub async fn stances(&self, id: RequestId) -> Vec<(NodeId, Stance)> {
+        let table = self.coordinator.tables().borrow().clone();
+        let others = table.members().keys().filter(|node| *node != table.me() && self.net.is_connected(node));
+        let ask = |node: NodeId| async move {
+            match self.net.call(&node, &Request::Probe { id, attempt: 0 }, PROBE_WITHIN).await {
+                Ok(Response::Probe(Progress { known: true, running: true, .. })) => Some((node, Stance::Answering)),
+                Ok(Response::Probe(Progress { known: true, .. })) => Some((node, Stance::Asking)),
+                Ok(_) | Err(_) => None,
+            }
+        };
+        let stances = futures_util::future::join_all(others.cloned().map(ask)).await;
+        stances.into_iter().flatten().collect()
     }
 }
 

@@ -10,7 +10,7 @@ use shared::request::{Emitted, Envelope, Generation, Sampling};
 use shared::tenant::Tier;
 use wire::node::{JournalDelta, JournalRecord};
 
-use super::idempotency::{RequestIds, same};
+use super::idempotency::{Claims, RequestIds, Ruling, Stance, ruling, same};
 use super::records::{GAP, KEPT_FOR, Records, TAKEN, furthest, understood};
 use super::trail::{BEHIND, BEHIND_TOKENS, Kept, Put, Trail};
 use super::*;
@@ -380,5 +380,74 @@ mod twice {
         assert_eq!(same(&before, &seeded), Ok(()));
         let code = same(&before, &envelope(start, &[1, 3])).map_err(|error| error.code);
         assert_eq!(code, Err("idempotency_key_reused"));
+    }
+}
+
+mod claiming {
+    use super::*;
+
+    #[test]
+    fn a_request_is_claimed_once_until_its_last_client_has_left() {
+        let mut claims = Claims::default();
+        assert!(claims.ask(ID) && !claims.ask(ID));
+        assert_eq!(claims.stance(ID), Some(Stance::Asking));
+        claims.grant(ID);
+        claims.go_on(ID);
+        claims.release(ID);
+        assert_eq!(claims.stance(ID), Some(Stance::Answering));
+        assert!(!claims.ask(ID));
+        claims.release(ID);
+        assert!(claims.stance(ID).is_none() && claims.ask(ID));
+    }
+
+    /// A node that was asked to begin a request: what it has done, and what it knows of the others.
+    #[derive(Clone, Default)]
+    struct Node {
+        claims: Claims,
+        asked: Vec<(NodeId, Stance)>,
+        left_to_ask: Vec<usize>,
+        is_over: bool,
+    }
+
+    /// Steps of the nodes in the order that `dice` says: claim, ask the others one by one, decide.
+    fn play(n: usize, mut dice: u64) -> usize {
+        let mut nodes = vec![Node::default(); n];
+        let mut n_answers = 0;
+        for step in 0.. {
+            assert!(step < 100_000, "it goes on for ever");
+            let open: Vec<usize> = (0..n).filter(|i| !nodes[*i].is_over).collect();
+            let Some(&me) = open.get((dice % open.len().max(1) as u64) as usize) else { break };
+            dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407).rotate_left(17);
+            if nodes[me].claims.ask(ID) {
+                nodes[me].left_to_ask = (0..n).filter(|i| *i != me).collect();
+            } else if let Some(other) = nodes[me].left_to_ask.pop() {
+                let stance = nodes[other].claims.stance(ID);
+                nodes[me].asked.extend(stance.map(|stance| (node(other), stance)));
+            } else {
+                let asked = std::mem::take(&mut nodes[me].asked);
+                match ruling(&node(me), asked.iter().map(|(node, stance)| (node, *stance))) {
+                    Ruling::Begin => {
+                        nodes[me].claims.grant(ID);
+                        (nodes[me].is_over, n_answers) = (true, n_answers + 1);
+                    }
+                    Ruling::AskAgain => nodes[me].left_to_ask = (0..n).filter(|i| *i != me).collect(),
+                    Ruling::GiveWay => {
+                        nodes[me].claims.release(ID);
+                        nodes[me].is_over = true;
+                    }
+                }
+            }
+        }
+        n_answers
+    }
+
+    #[test]
+    fn exactly_one_of_several_nodes_answers_in_whatever_order_they_ask() {
+        for n in 1..=4 {
+            for seed in 0..20_000_u64 {
+                let dice = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+                assert_eq!(play(n, dice), 1, "{n} nodes, seed {seed}");
+            }
+        }
     }
 }

@@ -77,8 +77,10 @@ impl App {
         metrics::resumed(&contract.tenant);
         tracing::info!(request_id = %request, tenant_id = %contract.tenant, "a request goes on here");
 
+        let n = record.envelope.generation.n;
+        let held = self.hold(request);
         let envelope = Envelope { cache_secret: *who.cache_secret(), ..record.envelope };
-        let Rest { emitted, seen, is_complete } = rest(record.emitted, envelope.generation.n, have);
+        let Rest { emitted, seen, is_complete } = rest(record.emitted, n, have);
         let envelope = Arc::new(envelope);
         let serving = if is_complete {
             let (_, events) = mpsc::channel(EVENTS_WAITING_MAX);
@@ -91,7 +93,8 @@ impl App {
         // Its rates were paid where it began.
         let (journal, clock) = (self.journal.clone(), Arc::clone(&self.clock));
         let tap = Tap::new(Arc::clone(&envelope), key, cost_center, Box::new(|_| {}), journal, clock);
-        let events = Events::new(serving.events, Box::new(tap)).after(seen).until(self.stop.subscribe());
+        let mut events = Events::new(serving.events, Box::new(tap)).after(seen).until(self.stop.subscribe());
+        events.hold(held, n);
         let running = running(&room, model, &envelope, events, None, serving.cancel);
         Ok(Resumed { running, answering })
     }

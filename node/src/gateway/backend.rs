@@ -52,6 +52,12 @@ pub trait Backend: Send + Sync + 'static {
     /// The id of a caller's request with this idempotency key; the same at every node.
     fn request_id(&self, who: &Self::Who, key: &[u8]) -> RequestId;
 
+    /// Claims a request that its client may have sent before, until the returned value is dropped.
+    ///
+    /// # Errors
+    /// 409 `idempotency_key_in_use` while an earlier sending is being answered, at whatever node.
+    fn claim(&self, request: RequestId) -> impl Future<Output = Result<CancelOnDrop, RequestError>> + Send;
+
     /// Goes on with a request of this caller of which the client has a part. Its events begin with those that the
     /// client has seen; the others come as if nothing had happened.
     ///
@@ -184,6 +190,8 @@ pub struct Events {
     stop: Option<watch::Receiver<bool>>,
     /// What comes first: the part of an answer that its client has.
     before: VecDeque<TokenEvent>,
+    /// Dropped when all is told, each with the choices whose end is still to come.
+    held: Vec<(CancelOnDrop, u32)>,
 }
 
 /// Sees every event that the reply takes; dropped when the reply is over, however it ends.
@@ -198,7 +206,7 @@ pub trait EventTap: Send {
 impl Events {
     /// Events that `tap` sees.
     pub fn new(receiver: mpsc::Receiver<TokenEvent>, tap: Box<dyn EventTap>) -> Self {
-        Self { receiver, tap: Some(tap), stop: None, before: VecDeque::new() }
+        Self { tap: Some(tap), ..receiver.into() }
     }
 
     /// Puts events before those that come.
@@ -211,6 +219,11 @@ impl Events {
         Self { stop: Some(stop), ..self }
     }
 
+    /// Holds something until the end of an answer of `n` choices was taken, well or not.
+    pub fn hold(&mut self, held: CancelOnDrop, n: u32) {
+        self.held.push((held, n));
+    }
+
     /// The next event; `None` when the engine has let go of the request.
     pub async fn recv(&mut self) -> Option<TokenEvent> {
         let event = match self.before.pop_front() {
@@ -221,6 +234,14 @@ impl Events {
             (Some(tap), Some(event)) => tap.observe(event),
             (Some(tap), None) => tap.closed(),
             (None, _) => {}
+        }
+        match &event {
+            Some(TokenEvent::Finished { .. }) => {
+                self.held.iter_mut().for_each(|(_, n_open)| *n_open = n_open.saturating_sub(1));
+                self.held.retain(|(_, n_open)| *n_open > 0);
+            }
+            Some(TokenEvent::Failed(_)) | None => self.held.clear(),
+            Some(_) => {}
         }
         event
     }
@@ -242,7 +263,7 @@ impl Events {
 impl From<mpsc::Receiver<TokenEvent>> for Events {
     /// Events that nobody counts.
     fn from(receiver: mpsc::Receiver<TokenEvent>) -> Self {
-        Self { receiver, tap: None, stop: None, before: VecDeque::new() }
+        Self { receiver, tap: None, stop: None, before: VecDeque::new(), held: Vec::new() }
     }
 }
 

@@ -83,9 +83,14 @@ impl Generate {
     /// Submits it, or goes on with it when it was sent before.
     ///
     /// # Errors
-    /// Every refusal of admission; `idempotency_key_reused` when its key was used for another request.
+    /// Every refusal of admission; `idempotency_key_reused` when its key was used for another request,
+    /// `idempotency_key_in_use` while that one is being answered.
     pub async fn start<B: Backend>(self, backend: &B, who: &B::Who) -> Result<Started, Refused> {
         let Self { mut prepared, answering, stream, keyed } = self;
+        let claim = match prepared.first() {
+            Some(first) if keyed => Some(backend.claim(first.id).await?),
+            _ => None,
+        };
         if let ([one], true) = (&prepared[..], keyed) {
             match backend.resume(who, one.id, &[]).await {
                 Ok(resumed) => {
@@ -111,6 +116,9 @@ impl Generate {
         for prepared in prepared {
             // A refusal of one prompt drops, and so cancels, those before it.
             runs.push(backend.submit(who, prepared).await?);
+        }
+        if let ([run, ..], Some(claim)) = (&mut runs[..], claim) {
+            run.events.hold(claim, answering.shape.n);
         }
         let flow = Flow::new(runs, answering.shape.n, &answering.stop, answering.tools.as_ref());
         Ok(Started { flow, answering, have: Vec::new(), resumable })

@@ -155,7 +155,7 @@ impl PeerService for PeerDoor {
             Request::JournalOpen(record) => done(self.cluster.keep(&from, *record)),
             Request::JournalPut(deltas) => done(self.cluster.keep_more(&from, &deltas)),
             Request::JournalTake { id } => Response::Journal(self.cluster.hand_out(id).map(Box::new)),
-            Request::Probe { .. } => Response::Refused(not_here()),
+            Request::Probe { id, .. } => Response::Probe(self.app.progress(id)),
         }
     }
 
@@ -185,8 +185,4 @@ impl PeerService for PeerDoor {
 
 fn done(outcome: Result<(), RequestError>) -> Response {
     outcome.map_or_else(Response::Refused, |()| Response::Done)
-}
-
-fn not_here() -> RequestError {
-    RequestError::new(ErrorKind::NotFound, "not_here", "this node does not have that")
 }

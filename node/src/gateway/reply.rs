@@ -102,7 +102,12 @@ fn error_type(error: &RequestError) -> &'static str {
 
 /// Whether blind retries, which SDKs do on 408, 409, 429 and 5xx, must be called off.
 fn retry_is_useless(error: &RequestError) -> bool {
-    matches!(error.kind, ErrorKind::Conflict | ErrorKind::StorageFull) || error.code == "insufficient_quota"
+    match error.kind {
+        // One that passes says when.
+        ErrorKind::Conflict => error.retry_after.is_none(),
+        ErrorKind::StorageFull => true,
+        _ => error.code == "insufficient_quota",
+    }
 }
 
 /// The response for a refusal of admission.

@@ -238,10 +238,15 @@ impl Drop for Whole {
     }
 }
 
-/// A refusal; one that is about the node rather than the request is worth another node.
+/// A refusal; one that is about the node rather than the request is worth another node, and one that says when to come
+/// back: an earlier sending of the request is still being answered, to nobody.
 pub(crate) fn refused(status: u16, retry_after_ms: u32, json: Vec<u8>) -> Setback {
     let error = ClientError::Refused { status, retry_after_ms, json };
-    if status == 503 { Setback::Transient(error.to_string()) } else { Setback::Final(error) }
+    if status == 503 || status == 409 && retry_after_ms > 0 {
+        Setback::Transient(error.to_string())
+    } else {
+        Setback::Final(error)
+    }
 }
 
 /// Bytes taken from quinn at once.

@@ -133,11 +133,11 @@ pub enum Request {
         /// Epoch of its routing table.
         epoch: u64,
     },
-    /// Is this request still getting on? Answered by [`Response::Probe`].
+    /// Does a client of the asked node wait for this request? Answered by [`Response::Probe`].
     Probe {
         /// Which request.
         id: RequestId,
-        /// Which attempt at it.
+        /// Nothing yet: zero.
         attempt: u32,
     },
 }
@@ -159,7 +159,7 @@ pub enum Response {
     Done,
     /// The record, if it is here.
     Journal(Option<Box<JournalRecord>>),
-    /// How a request is getting on.
+    /// What a node does for a request.
     Probe(Progress),
     /// Not done, and why.
     Refused(RequestError),
@@ -195,14 +195,14 @@ pub struct JournalDelta {
     pub finished: bool,
 }
 
-/// How a request is getting on at its owner.
+/// How far the node is with a request that asks for it on its client's behalf.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
-    /// It is queued or running here.
+    /// A client of this node waits for it.
     pub known: bool,
-    /// It is in the batch.
+    /// And no other node may begin it; otherwise it has yet to ask the others.
     pub running: bool,
-    /// Tokens computed so far, all choices together.
+    /// Nothing yet: zero.
     pub n_tokens: u64,
 }
 

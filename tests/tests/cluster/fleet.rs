@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use tests::cluster::{Cluster, Streamed, Streaming};
 use tests::network::Network;
 use tests::operator::{self, GENEROUS};
-use tests::process::{NodeSpec, scratch, token_ids};
+use tests::process::{Answer, NodeSpec, scratch, token_ids};
 
 /// Tenants: enough that each of three nodes is home to some.
 const N_TENANTS: usize = 9;
@@ -123,6 +123,13 @@ impl Fleet {
     /// Asks as the first tenant with an idempotency key; the tokens of the answer.
     pub(crate) fn keyed(&self, door: usize, idempotency_key: &str, body: &Value) -> Vec<u32> {
         let mut body = body.clone();
+        let answer = self.send_keyed(door, idempotency_key, body);
+        assert_eq!(answer.status, 200, "{}\n{}", answer.text, self.cluster.logs());
+        token_ids(&answer.body["choices"][0])
+    }
+
+    /// The same, whatever the answer.
+    pub(crate) fn send_keyed(&self, door: usize, idempotency_key: &str, body: &Value) -> Answer {
         body["return_token_ids"] = json!(true);
         let header = ("idempotency-key", idempotency_key);
         let answer = self.cluster.nodes[door].post_with("/v1/completions", &self.keys[0], header, &body);

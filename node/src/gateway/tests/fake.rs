@@ -1,6 +1,7 @@
 //! A backend that answers by script: each request is given to a closure that says what the engine would emit.
 
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -65,6 +66,8 @@ pub(super) struct Fake {
     pub(super) fell_back: bool,
     /// Remembers requests, as the nodes of a cluster do.
     pub(super) keeps: bool,
+    /// Requests that are being answered.
+    pub(super) claimed: Arc<Mutex<BTreeSet<RequestId>>>,
     pub(super) clock: SystemClock,
 }
 
@@ -78,6 +81,7 @@ impl Fake {
             impersonations: AtomicUsize::new(0),
             fell_back: false,
             keeps: false,
+            claimed: Arc::default(),
             clock: SystemClock,
         }
     }
@@ -219,6 +223,16 @@ impl Backend for Fake {
 
     fn request_id(&self, _who: &TenantId, key: &[u8]) -> RequestId {
         RequestId(u128::from(key.iter().map(|&byte| u64::from(byte)).sum::<u64>()))
+    }
+
+    async fn claim(&self, request: RequestId) -> Result<CancelOnDrop, RequestError> {
+        if !self.claimed.lock().insert(request) {
+            return Err(coordinator::journal::idempotency::in_use());
+        }
+        let claimed = Arc::clone(&self.claimed);
+        Ok(CancelOnDrop::new(move || {
+            claimed.lock().remove(&request);
+        }))
     }
 
     /// Plays the request again: what the client has seen comes first.

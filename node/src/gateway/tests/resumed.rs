@@ -93,14 +93,15 @@ async fn nobody_goes_on_with_what_is_not_known_or_not_theirs() {
     assert_eq!(call(&fake, going_on(CHAT, &body, "yesterday")).await.status, StatusCode::BAD_REQUEST);
 }
 
+fn with_key(body: &Value) -> Request<Body> {
+    let mut request = request(Method::POST, CHAT, body.to_string());
+    request.headers_mut().insert("idempotency-key", "order 66".parse().expect("ASCII"));
+    request
+}
+
 #[tokio::test]
 async fn an_idempotency_key_stands_for_one_request() {
     let fake = fake();
-    let with_key = |body: &Value| {
-        let mut request = request(Method::POST, CHAT, body.to_string());
-        request.headers_mut().insert("idempotency-key", "order 66".parse().expect("ASCII"));
-        request
-    };
     let body = chat(json!({"stream": true}));
     let first = call(&fake, with_key(&body)).await;
     let again = call(&fake, with_key(&body)).await;
@@ -108,4 +109,24 @@ async fn an_idempotency_key_stands_for_one_request() {
     let other = call(&fake, with_key(&chat(json!({"stream": true, "temperature": 0})))).await;
     assert_eq!(other.status, StatusCode::UNPROCESSABLE_ENTITY, "{}", other.body);
     assert_eq!(other.json()["error"]["code"], "idempotency_key_reused");
+}
+
+#[tokio::test]
+async fn a_request_that_is_being_answered_is_not_begun_again() {
+    let fake = Arc::new(Fake { keeps: true, ..Fake::new(|_| Script::EmitThenHang(Vec::new())) });
+    let body = chat(json!({"stream": true}));
+    let (door, sending) = (Arc::clone(&fake), with_key(&body));
+    let first = tokio::spawn(async move { call(&door, sending).await });
+    while fake.seen.lock().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    let again = call(&fake, with_key(&body)).await;
+    assert_eq!((again.status, fake.seen.lock().len()), (StatusCode::CONFLICT, 1), "{}", again.body);
+    assert_eq!(again.json()["error"]["code"], "idempotency_key_in_use");
+    let (after, should) = (again.header("retry-after"), again.header("x-should-retry"));
+    assert_eq!((after, should), ("1", "(absent)"), "a client may try again by itself");
+    // Its client leaves: it may be asked for again.
+    first.abort();
+    assert!(first.await.is_err(), "it had not ended");
+    assert!(fake.claimed.lock().is_empty());
 }
