@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use ::wire::client::Have;
+use ::wire::node::Resident;
 use adapters::Store;
 use coordinator::admission::{Admission, Demand, RateStatus, Reservation};
 use coordinator::auth::{AuthError, AuthedTenant, Scope};
@@ -25,6 +26,7 @@ use coordinator::registry::Registry;
 use coordinator::resolve::{Target, resolve, visible_models};
 use coordinator::route::no_node;
 use parking_lot::Mutex;
+use shared::adapter::{AdapterRef, Residency};
 use shared::clock::Clock;
 use shared::cluster::{NodeLoad, NodePhase};
 use shared::config::{ClusterConfig, NodeConfig};
@@ -66,10 +68,10 @@ pub struct App {
     prewarmer: Prewarmer,
     request_ids: RequestIds,
     /// Places for encoding long inputs and compiling grammars, so that they never crowd out the engine.
-    encoding: Semaphore,
-    /// Places for checking uploads, each of which holds a whole file in memory.
     /// Requests with idempotency keys that clients of this node are waiting for.
     claims: Arc<Mutex<Claims>>,
+    encoding: Semaphore,
+    /// Places for checking uploads, each of which holds a whole file in memory.
     checking: Semaphore,
     /// Held from the change of an adapter's name to that of its file, so that two changes never cross.
     changing: tokio::sync::Mutex<()>,
@@ -122,9 +124,9 @@ impl App {
             prewarmer: Prewarmer::default(),
             request_ids,
             encoding,
+            claims: Arc::default(),
             checking,
             changing,
-            claims: Arc::default(),
         }
     }
 
@@ -234,6 +236,17 @@ impl App {
     }
 
     fn room(&self, base: &BaseName) -> Result<&Arc<BaseRoom>, RequestError> {
+    /// Adapters in the memory of this node's engines.
+    pub fn residents(&self) -> Vec<Resident> {
+        let of = |room: &Arc<BaseRoom>| {
+            let (base, cache) = (room.name.clone(), &room.cache);
+            let ready = |adapter: &AdapterRef| cache.residency(&adapter.id()) == Residency::Ready;
+            let adapters = cache.residents().into_iter().map(|resident| resident.adapter).filter(ready);
+            adapters.map(|adapter| Resident { base: base.clone(), adapter }).collect::<Vec<_>>()
+        };
+        self.rooms.values().flat_map(of).collect()
+    }
+
         self.rooms.get(base).ok_or_else(|| {
             RequestError::new(
                 ErrorKind::Unavailable,
@@ -435,6 +448,10 @@ impl Backend for App {
     async fn resume(&self, who: &AuthedTenant, request: RequestId, have: &[Have]) -> Result<Resumed, RequestError> {
         self.go_on(who, request, have).await
     }
+    async fn claim(&self, request: RequestId) -> Result<CancelOnDrop, RequestError> {
+        self.claim_once(request).await
+    }
+
 
     fn checks(&self) -> Vec<Check> {
         let mut checks: Vec<Check> = Vec::new();
@@ -448,10 +465,6 @@ impl Backend for App {
             ok: self.journal.is_healthy(),
             detail: format!("{backlog} records wait for the disk"),
         });
-    async fn claim(&self, request: RequestId) -> Result<CancelOnDrop, RequestError> {
-        self.claim_once(request).await
-    }
-
         checks.push(Check { name: "admitting", ok: !self.is_draining(), detail: String::new() });
         if let Some(cluster) = &self.cluster {
             let detail = "every other node has been heard, or waited for".to_owned();

@@ -12,6 +12,8 @@ use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
 /// Longest wait for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// A node that does not say within this time that it lives is passed over for another one.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest answer read into memory: ten times the largest listing of 10,000 tenants seen in tests.
 const ANSWER_BYTES_MAX: u64 = 256 << 20;
 
@@ -35,6 +37,16 @@ impl Client {
             config = config.tls_config(TlsConfig::builder().root_certs(roots).build());
         }
         Ok(Self { agent: config.build().into(), url: url.trim_end_matches('/').to_owned(), key: key.to_owned() })
+    }
+
+    /// Whether the server is there.
+    ///
+    /// # Errors
+    /// When it does not answer, whatever it would say.
+    pub fn look(&self) -> anyhow::Result<()> {
+        let request = self.agent.get(format!("{}/healthz", self.url));
+        let looked = request.config().timeout_global(Some(LOOK_TIMEOUT)).build().call();
+        looked.map(drop).map_err(|error| anyhow::anyhow!("{} does not answer ({error})", self.url))
     }
 
     /// GET.

@@ -4,6 +4,7 @@
 //! here its seams are bound: heartbeats and the registry's messages go to the peer endpoint, runs of requests to this
 //! node's engine ([`App::serve`](crate::app::App::serve)) and to peers' doors ([`crate::gateway::peer`]).
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
@@ -31,7 +32,9 @@ use shared::request::{Emitted, Envelope};
 use shared::tenant::TenantContract;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use wire::node::{Answer, Hello, JournalDelta, JournalRecord, Progress, Request, Response, ServedBase, Start};
+use wire::node::{
+    Answer, Hello, JournalDelta, JournalRecord, Progress, Request, Resident, Response, ServedBase, Start,
+};
 
 use crate::app::App;
 use crate::app::serve::{EVENTS_WAITING_MAX, Serving};
@@ -43,6 +46,8 @@ const HAND_OUT_WITHIN: Duration = Duration::from_secs(2);
 const LOOK_ROUND: Duration = Duration::from_secs(3);
 /// Longest wait for a node to say whether it answers a request; one that is silent for longer is as good as away.
 const PROBE_WITHIN: Duration = Duration::from_millis(250);
+/// Longest wait for a node to say what is in its memory; an operator waits for it.
+const RESIDENTS_WITHIN: Duration = Duration::from_secs(1);
 /// Longest wait for another node's record.
 const TAKE_WITHIN: Duration = Duration::from_millis(500);
 /// Longest wait for another node to write into a record.
@@ -283,6 +288,20 @@ impl ClusterNode {
         };
         let stances = futures_util::future::join_all(others.cloned().map(ask)).await;
         stances.into_iter().flatten().collect()
+    }
+
+    /// What is in the memory of every other node that lives; `None` for one that does not say.
+    pub async fn residents(&self) -> BTreeMap<NodeId, Option<Vec<Resident>>> {
+        let table = self.coordinator.tables().borrow().clone();
+        let lives = |member: &Member| !matches!(member.health, Health::Dead | Health::Absent);
+        let others = table.members().iter().filter(|(node, member)| *node != table.me() && lives(member));
+        let ask = |node: NodeId| async move {
+            match self.net.call(&node, &Request::Residents, RESIDENTS_WITHIN).await {
+                Ok(Response::Residents(residents)) => (node, Some(residents)),
+                Ok(_) | Err(_) => (node, None),
+            }
+        };
+        futures_util::future::join_all(others.map(|(node, _)| ask(node.clone()))).await.into_iter().collect()
     }
 }
 

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use serde_json::Value;
-use shared::config::ClusterConfig;
+use shared::config::{ClusterConfig, NodeConfig};
 use shared::id::{AdapterName, BaseName, NodeId, TaskName, TenantId};
 use shared::tenant::{Fallback, Tier};
 
@@ -27,7 +27,7 @@ pub struct CtlArgs {
     /// Cluster file.
     #[arg(long, global = true, default_value = "cluster.toml")]
     config: PathBuf,
-    /// Node to ask; the first of the file when left out.
+    /// Node to ask; when left out, the first of the file that answers.
     #[arg(long, global = true)]
     node: Option<NodeId>,
     /// Admin address instead of the one in the cluster file.
@@ -49,7 +49,7 @@ enum Command {
     Status,
     /// Who is in the cluster, alive, and home to how many tenants, as one node sees it.
     Cluster {
-        /// Also list every tenant: who serves it, and what of it is in the asked node's memory.
+        /// List every tenant instead: who serves it, and what of it is in which node's memory.
         #[arg(long)]
         tenants: bool,
     },
@@ -289,16 +289,39 @@ pub fn run(args: &CtlArgs) -> anyhow::Result<()> {
     }
 }
 
-/// The node's admin port and key, from the command line or the cluster file.
+/// The named node, or the first of the cluster file that answers.
 fn connect(args: &CtlArgs, node: Option<&NodeId>) -> anyhow::Result<Client> {
     if let (Some(url), Some(key)) = (&args.url, &args.admin_key) {
         return Client::new(url, key, args.ca.as_deref());
     }
     let config = ClusterConfig::load(&args.config)?;
-    let node = match node {
-        Some(name) => config.node(name).with_context(|| format!("find node {name} in {}", args.config.display()))?,
-        None => &config.nodes[0],
+    let node = match (node, &config.nodes[..]) {
+        (Some(name), _) => {
+            Some(config.node(name).with_context(|| format!("find node {name} in {}", args.config.display()))?)
+        }
+        (None, [first, others @ ..]) if others.is_empty() || args.url.is_some() => Some(first),
+        (None, _) => None,
     };
+    if let Some(node) = node {
+        return client_of(args, &config, node);
+    }
+    let mut silent = Vec::new();
+    for node in &config.nodes {
+        match client_of(args, &config, node).and_then(|client| client.look().map(|()| client)) {
+            Ok(client) => {
+                if !silent.is_empty() {
+                    eprintln!("asking node {}: {}", node.name, silent.join("; "));
+                }
+                return Ok(client);
+            }
+            Err(error) => silent.push(format!("node {}: {error:#}", node.name)),
+        }
+    }
+    bail!("find a node that answers: {}", silent.join("; "))
+}
+
+/// A node's admin port and key, from the command line or the cluster file.
+fn client_of(args: &CtlArgs, config: &ClusterConfig, node: &NodeConfig) -> anyhow::Result<Client> {
     let scheme = if config.tls.is_some() { "https" } else { "http" };
     let host = match node.admin.ip() {
         ip if ip.is_unspecified() => IpAddr::from([127, 0, 0, 1]).to_string(),

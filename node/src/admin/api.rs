@@ -364,7 +364,7 @@ mod paths {
     fn status() {}
     #[utoipa::path(get, path = "/admin/v1/cluster", responses((status = 200, description = "Nodes, ring and registry as this node sees them."), (status = 404, description = "The node is alone.")))]
     fn cluster() {}
-    #[utoipa::path(get, path = "/admin/v1/cluster/tenants", responses((status = 200, description = "Who serves which tenant, and what of it is in this node's memory."), (status = 404, description = "The node is alone.")))]
+    #[utoipa::path(get, path = "/admin/v1/cluster/tenants", responses((status = 200, description = "Who serves which tenant, and what of it is in the memory of each node that lives; \"unknown\" where one does not say."), (status = 404, description = "The node is alone.")))]
     fn cluster_tenants() {}
     #[utoipa::path(post, path = "/admin/v1/drain", request_body = DrainNode, responses((status = 202, description = "The node hands over what it has and ends.")))]
     fn drain() {}

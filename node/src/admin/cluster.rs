@@ -9,13 +9,15 @@ use axum::extract::State;
 use axum::http::{Response, StatusCode};
 use coordinator::membership::Member;
 use coordinator::membership::detector::Health;
+use coordinator::registry::record::AdapterRecord;
+use coordinator::registry::snapshot::TenantView;
 use coordinator::registry::status::{Role, Status};
 use coordinator::route::RoutingTable;
 use serde_json::{Value, json};
-use shared::adapter::{AdapterRef, Residency};
 use shared::cluster::NodePhase;
 use shared::error::{ErrorKind, RequestError};
-use shared::id::NodeId;
+use shared::id::{BaseName, NodeId};
+use wire::node::Resident;
 
 use super::api::DrainNode;
 use super::{Json, Shared, failed};
@@ -23,13 +25,17 @@ use crate::app::App;
 use crate::cluster::{ClusterNode, place};
 use crate::gateway::reply;
 
+/// In place of what a node did not say in time.
+const UNKNOWN: &str = "unknown";
+
 pub(super) async fn show(State(admin): Shared) -> Response<Body> {
     let Some(cluster) = admin.app.cluster() else { return failed(&alone()) };
+    let warm = Warm::look(&admin.app, cluster).await;
     let table = cluster.coordinator().tables().borrow().clone();
     let homes = homes(&admin.app, &table);
     let nodes = table.members().values().map(|member| {
         let homes = homes.get(&member.spec.id).copied().unwrap_or_default();
-        node_status(cluster, &table, member, homes)
+        node_status(cluster, &table, member, homes, warm.count(&member.spec.id))
     });
     let body = json!({
         "node": table.me(),
@@ -40,33 +46,27 @@ pub(super) async fn show(State(admin): Shared) -> Response<Body> {
     reply::json(StatusCode::OK, &body)
 }
 
-/// Who serves whom, and what of theirs is in this node's memory.
+/// Who serves whom, and what of theirs is in which node's memory.
 pub(super) async fn tenants(State(admin): Shared) -> Response<Body> {
     let app = &admin.app;
     let Some(cluster) = app.cluster() else { return failed(&alone()) };
+    let warm = Warm::look(app, cluster).await;
     let table = cluster.coordinator().tables().borrow().clone();
     let snapshot = app.registry().snapshot();
     let views = snapshot.tenants();
     let placed = views.iter().flat_map(|view| {
-        let (contract, record, table) = (view.contract(), view.record(), &table);
+        let (contract, table, warm) = (view.contract(), &table, &warm);
         contract.bases.iter().map(move |base| {
             let place = place(base, contract);
             let owners = table.owners(&place, &contract.tenant);
             let serves = table.candidates(&place, &contract.tenant).into_iter().next();
-            let warm = app.rooms().get(base).into_iter().flat_map(|room| {
-                let is_ready = |hash| {
-                    let adapter = AdapterRef { tenant: contract.tenant.clone(), hash };
-                    room.cache.residency(&adapter.id()) == Residency::Ready
-                };
-                record.adapters.values().filter(move |adapter| adapter.base == *base && is_ready(adapter.hash))
-            });
             json!({
                 "tenant": contract.tenant,
                 "base": base,
                 "serves": serves.map(|candidate| candidate.node),
                 "home": owners.as_ref().map(|owners| owners.home),
                 "successor": owners.as_ref().and_then(|owners| owners.successor),
-                "warm_here": warm.map(|adapter| &adapter.name).collect::<Vec<_>>(),
+                "warm": warm.of(view, base),
             })
         })
     });
@@ -91,6 +91,41 @@ pub(super) async fn drain(State(admin): Shared, body: Result<Json<DrainNode>, Re
     reply::json(StatusCode::ACCEPTED, &json!({"node": me, "draining": true}))
 }
 
+/// What is in the memory of every node that lives; `None` for one that does not say.
+struct Warm(BTreeMap<NodeId, Option<Vec<Resident>>>);
+
+impl Warm {
+    async fn look(app: &App, cluster: &ClusterNode) -> Self {
+        let mut residents = cluster.residents().await;
+        residents.insert(app.node().name.clone(), Some(app.residents()));
+        Self(residents)
+    }
+
+    /// Adapters of a node.
+    fn count(&self, node: &NodeId) -> Value {
+        match self.0.get(node) {
+            Some(Some(residents)) => residents.len().into(),
+            _ => UNKNOWN.into(),
+        }
+    }
+
+    /// Versions of a tenant for a base, by node.
+    fn of(&self, view: &TenantView, base: &BaseName) -> Value {
+        let tenant = &view.contract().tenant;
+        let of = |(node, residents): (&NodeId, &Option<Vec<Resident>>)| {
+            let Some(residents) = residents else { return (node.to_string(), UNKNOWN.into()) };
+            let is_warm = |adapter: &&AdapterRecord| {
+                let is = |resident: &Resident| resident.base == *base && resident.adapter.hash == adapter.hash;
+                residents.iter().any(|resident| is(resident) && resident.adapter.tenant == *tenant)
+            };
+            let adapters = view.record().adapters.values().filter(|adapter| adapter.base == *base);
+            let names: Vec<String> = adapters.filter(is_warm).map(|adapter| adapter.name.to_string()).collect();
+            (node.to_string(), names.into())
+        };
+        Value::Object(self.0.iter().map(of).collect())
+    }
+}
+
 fn alone() -> RequestError {
     let message = "this node is alone; hint: list more [[nodes]] in cluster.toml";
     RequestError::new(ErrorKind::NotFound, "no_cluster", message)
@@ -112,7 +147,13 @@ fn homes(app: &App, table: &RoutingTable) -> BTreeMap<NodeId, [u64; 2]> {
     homes
 }
 
-fn node_status(cluster: &ClusterNode, table: &RoutingTable, member: &Member, [home, successor]: [u64; 2]) -> Value {
+fn node_status(
+    cluster: &ClusterNode,
+    table: &RoutingTable,
+    member: &Member,
+    [home, successor]: [u64; 2],
+    warm: Value,
+) -> Value {
     let (spec, load) = (&member.spec, member.load);
     json!({
         "name": spec.id,
@@ -127,6 +168,7 @@ fn node_status(cluster: &ClusterNode, table: &RoutingTable, member: &Member, [ho
         "bases": spec.bases,
         "home_of": home,
         "successor_of": successor,
+        "adapters_warm": warm,
         "running": load.running,
         "places": load.places,
         "waiting": load.waiting,

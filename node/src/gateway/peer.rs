@@ -156,6 +156,7 @@ impl PeerService for PeerDoor {
             Request::JournalPut(deltas) => done(self.cluster.keep_more(&from, &deltas)),
             Request::JournalTake { id } => Response::Journal(self.cluster.hand_out(id).map(Box::new)),
             Request::Probe { id, .. } => Response::Probe(self.app.progress(id)),
+            Request::Residents => Response::Residents(self.app.residents()),
         }
     }
 

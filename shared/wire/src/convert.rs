@@ -17,8 +17,8 @@ use shared::id::RequestId;
 use crate::frame::{Frame, FrameError, Kind};
 use crate::message::{self as m, Body, read, write};
 use crate::node::{
-    Answer, Hello, JournalDelta, JournalRecord, Message, Opening, Progress, Renewal, Request, Response, ServedBase,
-    Start,
+    Answer, Hello, JournalDelta, JournalRecord, Message, Opening, Progress, Renewal, Request, Resident, Response,
+    ServedBase, Start,
 };
 use crate::version::{Spoken, Version};
 
@@ -215,6 +215,7 @@ impl Message for Request {
         m::JournalTake::KIND,
         m::DrainNotice::KIND,
         m::Probe::KIND,
+        m::AskResidents::KIND,
     ];
 
     fn encode_for(&self, version: Version, now: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
@@ -232,6 +233,7 @@ impl Message for Request {
             Self::JournalTake { id } => write(version, &m::JournalTake { id: id.0 }, out),
             Self::DrainNotice { epoch } => write(version, &m::DrainNotice { epoch: *epoch }, out),
             Self::Probe { id, attempt } => write(version, &m::Probe { id: id.0, attempt: *attempt }, out),
+            Self::Residents => write(version, &m::AskResidents { reserved: 0 }, out),
         }
     }
 
@@ -265,6 +267,10 @@ impl Message for Request {
                 let m::Probe { id, attempt } = read(frame)?;
                 Self::Probe { id: RequestId(id), attempt }
             }
+            id if id == m::AskResidents::KIND.id => {
+                let _: m::AskResidents = read(frame)?;
+                Self::Residents
+            }
             _ => return Err(unexpected(frame)),
         })
     }
@@ -277,6 +283,7 @@ impl Message for Response {
         m::Done::KIND,
         m::Journal::KIND,
         m::ProbeReply::KIND,
+        m::Residents::KIND,
         m::Refused::KIND,
     ];
 
@@ -291,6 +298,10 @@ impl Message for Response {
             }
             Self::Probe(Progress { known, running, n_tokens }) => {
                 write(version, &m::ProbeReply { known: *known, running: *running, n_tokens: *n_tokens }, out)
+            }
+            Self::Residents(adapters) => {
+                let adapters = adapters.iter().map(resident_to_wire).collect();
+                write(version, &m::Residents { adapters }, out)
             }
             Self::Refused(error) => write(version, &event::error_to_wire(error), out),
         }
@@ -311,6 +322,10 @@ impl Message for Response {
             id if id == m::ProbeReply::KIND.id => {
                 let m::ProbeReply { known, running, n_tokens } = read(frame)?;
                 Self::Probe(Progress { known, running, n_tokens })
+            }
+            id if id == m::Residents::KIND.id => {
+                let adapters = read::<m::Residents>(frame)?.adapters.into_iter().map(resident_from_wire);
+                Self::Residents(adapters.collect::<Result<_, _>>().map_err(|error| error.at(frame.kind))?)
             }
             id if id == m::Refused::KIND.id => Self::Refused(event::error_from_wire(read(frame)?)),
             _ => return Err(unexpected(frame)),
@@ -400,6 +415,16 @@ fn delta_to_wire(delta: &JournalDelta) -> m::JournalDelta {
         tokens: delta.tokens.clone(),
         finished: delta.finished,
     }
+}
+
+fn resident_to_wire(resident: &Resident) -> m::Resident {
+    let Resident { base, adapter } = resident;
+    m::Resident { base: base.to_string(), tenant: adapter.tenant.to_string(), hash: adapter.hash.0 }
+}
+
+fn resident_from_wire(resident: m::Resident) -> Result<Resident, Meaningless> {
+    let adapter = AdapterRef { tenant: resident.tenant.parse()?, hash: ContentHash(resident.hash) };
+    Ok(Resident { base: resident.base.parse()?, adapter })
 }
 
 fn delta_from_wire(delta: m::JournalDelta) -> JournalDelta {

@@ -79,6 +79,9 @@ bodies! {
     ProbeReply = 22, at most KIB;
     Renew = 23, at most KIB, in version 1 None;
     Renewed = 24, at most 8 * KIB, in version 1 None;
+    AskResidents = 25, at most KIB, in version 1 None;
+    // Slots are some thousands at most; each takes a hundred bytes.
+    Residents = 26, at most MIB, in version 1 None;
 }
 
 /// Appends the frame of `body`, whose layout is that of the version, to `out`.
@@ -446,5 +449,26 @@ wire_type! {
 wire_type! {
     struct Renewed {
         certificate: String,
+    }
+}
+
+wire_type! {
+    /// As [`Done`].
+    struct AskResidents {
+        reserved: u8,
+    }
+}
+
+wire_type! {
+    struct Residents {
+        adapters: Vec<Resident>,
+    }
+}
+
+wire_type! {
+    struct Resident {
+        base: String,
+        tenant: String,
+        hash: [u8; 32],
     }
 }

@@ -140,6 +140,9 @@ pub enum Request {
         /// Nothing yet: zero.
         attempt: u32,
     },
+    /// Which adapters are in the memory of the asked node's engines? Answered by [`Response::Residents`]. Since
+    /// version 2.
+    Residents,
 }
 
 /// The answer to a [`Request`].
@@ -161,8 +164,19 @@ pub enum Response {
     Journal(Option<Box<JournalRecord>>),
     /// What a node does for a request.
     Probe(Progress),
+    /// To [`Request::Residents`].
+    Residents(Vec<Resident>),
     /// Not done, and why.
     Refused(RequestError),
+}
+
+/// An adapter in the memory of an engine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resident {
+    /// The engine's base.
+    pub base: BaseName,
+    /// Whose, and which content.
+    pub adapter: AdapterRef,
 }
 
 /// From which a request can go on when the node that holds its client dies.

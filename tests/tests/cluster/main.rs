@@ -9,6 +9,7 @@ mod entry;
 mod network;
 mod registry;
 mod fallback;
+mod operators;
 mod doors;
 mod places;
 mod warm;

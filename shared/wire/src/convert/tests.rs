@@ -252,6 +252,13 @@ impl Dice {
         ]
     }
 
+    fn residents(&mut self) -> Vec<Resident> {
+        self.some(5, |dice| {
+            let adapter = AdapterRef { tenant: dice.name().parse().expect("a name"), hash: dice.hash() };
+            Resident { base: dice.name().parse().expect("a name"), adapter }
+        })
+    }
+
     fn responses(&mut self, now: Instant) -> Vec<Response> {
         vec![
             Response::Raft { bytes: self.bytes(300) },
@@ -294,6 +301,8 @@ fn frames(version: Version, dice: &mut Dice, now: Instant) -> Vec<(Vec<u8>, Agai
     if version >= Version::V2 {
         add(&mut all, version, &[Opening::Renew], now);
         add(&mut all, version, &[Renewal::Certificate(dice.text(99))], now);
+        add(&mut all, version, &[Request::Residents], now);
+        add(&mut all, version, &[Response::Residents(dice.residents())], now);
     }
     all
 }
@@ -320,6 +329,8 @@ proptest! {
         same(&Opening::Renew, now);
         same(&Renewal::Certificate(dice.text(99)), now);
         same(&Renewal::Refused(dice.error()), now);
+        same(&Request::Residents, now);
+        same(&Response::Residents(dice.residents()), now);
     }
 
     #[test]
