@@ -22,6 +22,7 @@ use coordinator::ring::RingKey;
 use coordinator::route::{DEFAULT_POOL, Place, PlacedTenant};
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
+use peer::pki::PkiError;
 use peer::{Authority, EndpointParts, Exchange, Identity, PeerError, PeerNet, PeerNetConfig};
 use shared::clock::Clock;
 use shared::cluster::{Heartbeat, NodeLoad, NodePhase};
@@ -193,6 +194,26 @@ impl ClusterNode {
     /// This node's view of the cluster.
     pub fn coordinator(&self) -> &Coordinator {
         &self.coordinator
+    }
+
+    /// Looks whether the cluster's authority came to this machine: then nodes join here. True when there is no reason
+    /// to look again.
+    pub async fn look_for_authority(&self, config: &ClusterConfig, node: &NodeConfig) -> bool {
+        let (ca, name, data, now) = (config.ca.clone(), node.name.clone(), node.data.clone(), self.clock.wall());
+        let look =
+            move || Authority::open(&ca, now)?.map(|found| Ok((Identity::load(name, &data)?, found))).transpose();
+        let found: Result<Option<(Identity, Authority)>, PkiError> =
+            tokio::task::spawn_blocking(look).await.expect("reading an authority does not panic");
+        let opened = match found {
+            Ok(None) => return false,
+            Ok(Some((identity, authority))) => self.net.let_join(&identity, authority).map_err(anyhow::Error::from),
+            Err(error) => Err(error.into()),
+        };
+        match opened {
+            Ok(()) => tracing::info!(folder = %config.ca.display(), "the authority is here: nodes may join"),
+            Err(error) => tracing::error!(%error, folder = %config.ca.display(), "nodes cannot join here"),
+        }
+        true
     }
 
     /// Requests that run here find their engine in `app` from now on.

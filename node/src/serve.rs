@@ -46,6 +46,8 @@ const METRICS_UPKEEP_EVERY: Duration = Duration::from_secs(5);
 const LOAD_EVERY: Duration = Duration::from_millis(100);
 /// Longest that a node which leaves spends on naming its tenants' adapters to their successors.
 const NAME_WITHIN: Duration = Duration::from_millis(500);
+/// Between two looks for the cluster's authority where there is none: one file is looked for.
+const AUTHORITY_EVERY: Duration = Duration::from_secs(1);
 /// Of the drain time, this much at its end is for streams that other nodes take over.
 const HAND_OVER_WITHIN: Duration = Duration::from_secs(5);
 /// Longest wait at the end for requests whose connections were cut.
@@ -205,6 +207,18 @@ fn join(app: &Arc<App>) {
         }
     });
     cluster.expect_tenants(&app.registry().snapshot());
+    let weak = Arc::downgrade(app);
+    tokio::spawn(async move {
+        loop {
+            let Some(app) = weak.upgrade() else { return };
+            let Some(cluster) = app.cluster() else { return };
+            if cluster.net().lets_join() || cluster.look_for_authority(app.config(), app.node()).await {
+                return;
+            }
+            drop(app);
+            tokio::time::sleep(AUTHORITY_EVERY).await;
+        }
+    });
 }
 
 /// Opens the door of the client library and of HTTP/3, with the certificate of `[tls]` or, without one, this node's of the cluster.

@@ -53,7 +53,12 @@ pub(super) fn run(config: &ClusterConfig, command: &CaCommand) -> anyhow::Result
             let data: Vec<_> = config.nodes.iter().map(|node| node.data.as_path()).collect();
             let authority = Authority::found(&config.ca, &data, now).context("found the authority")?;
             let fingerprint = authority.fingerprint().map(|byte| format!("{byte:02x}")).concat();
-            super::print(&json!({"folder": config.ca, "fingerprint": fingerprint}))
+            super::print(&json!({"folder": config.ca, "fingerprint": fingerprint}))?;
+            eprintln!(
+                "next: tenantry ctl ca admit NODE … for nodes of this machine, tenantry ctl ca invite NODE for one of another; \
+                 a node that ran alone so far is then started again with the cluster file that lists the others"
+            );
+            Ok(())
         }
         CaCommand::Admit { nodes } => {
             let authority = open(config, now)?;

@@ -97,9 +97,14 @@ pub(crate) fn open(identity: &Identity, tls: QuicServerConfig, parts: EndpointPa
     let mut config = EndpointConfig::new(Arc::new(reset_key));
     config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(id_key)));
     config.rng_seed(parts.rng_seed);
+    Endpoint::new_with_abstract_socket(config, Some(answering(tls)), parts.socket, parts.runtime)
+}
+
+/// How those who dial this node are met.
+pub(crate) fn answering(tls: QuicServerConfig) -> ServerConfig {
     let mut server = ServerConfig::with_crypto(Arc::new(tls));
     server.transport_config(Arc::new(transport(1, STRANGER_WINDOW)));
     server.migration(false);
     server.max_incoming(INCOMING_MAX);
-    Endpoint::new_with_abstract_socket(config, Some(server), parts.socket, parts.runtime)
+    server
 }

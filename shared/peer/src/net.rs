@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -25,7 +25,7 @@ use wire::{Spoken, Version};
 use crate::badge::Badge;
 use crate::endpoint::{self, EndpointParts};
 use crate::join::Door;
-use crate::pki::{Authority, Identity, node_name};
+use crate::pki::{Authority, Identity, certificate, node_name};
 use crate::refusal::Refusals;
 use crate::renew::Renewer;
 use crate::stream::{Frames, NO_PROTOCOL, StreamError, alert, code, protocol, why};
@@ -126,8 +126,8 @@ pub(crate) struct Inner {
     pub(crate) endpoint: Endpoint,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) refusals: Refusals,
-    /// Where nodes join, if they do here.
-    pub(crate) door: Option<Door>,
+    /// Where nodes join, once they do here.
+    pub(crate) door: OnceLock<Door>,
     /// What this node shows.
     pub(crate) badge: Arc<Badge>,
     /// For the door of clients.
@@ -153,7 +153,7 @@ impl PeerNet {
         let endpoint = endpoint::open(identity, server, parts)?;
         let mut client = ClientConfig::new(Arc::new(tls::client(identity, badge.clone(), config.clock.clone())?));
         client.transport_config(endpoint::dialling());
-        let hello = Arc::new(Hello { has_authority: may_join, ..config.hello });
+        let hello = Arc::new(config.hello);
         let peers = config.peers.into_iter().filter(|(node, _)| *node != identity.node).map(|(node, address)| {
             let (publish, link) = watch::channel(Link::Down { why: "not dialled yet".into() });
             let dialler = Dialler {
@@ -178,8 +178,29 @@ impl PeerNet {
             endpoint,
             refusals: Refusals::new(config.clock.clone()),
             clock: config.clock,
-            door: config.authority.map(Door::new),
+            door: config.authority.map_or_else(OnceLock::new, |authority| Door::new(authority).into()),
         })))
+    }
+
+    /// Whether nodes join here.
+    pub fn lets_join(&self) -> bool {
+        self.0.door.get().is_some()
+    }
+
+    /// From now on nodes with an invitation may join at this one's port: the authority came to this machine while
+    /// the node was running. `identity` is the node's own.
+    ///
+    /// # Errors
+    /// When the authority is not the one that let this node in.
+    pub fn let_join(&self, identity: &Identity, authority: Authority) -> Result<(), tls::TlsError> {
+        if authority.fingerprint() != certificate::fingerprint(&identity.ca) {
+            return Err(tls::TlsError::new("the authority on this machine is not the one that let this node in"));
+        }
+        let tls = tls::server(identity, self.0.badge.clone(), self.0.clock.clone(), true)?;
+        if self.0.door.set(Door::new(authority)).is_ok() {
+            self.0.endpoint.set_server_config(Some(endpoint::answering(tls)));
+        }
+        Ok(())
     }
 
     /// Whether a peer can be asked right now.
@@ -344,6 +365,11 @@ impl Inner {
     /// The node of the cluster's file that a certificate names.
     pub(crate) fn named_by(&self, certificate: &rustls::pki_types::CertificateDer<'_>) -> Option<&NodeId> {
         self.peers.keys().find(|node| tls::names(certificate, node))
+    }
+
+    /// What this node says of itself.
+    pub(crate) fn hello(&self) -> Hello {
+        Hello { has_authority: self.door.get().is_some(), ..Hello::clone(&self.hello) }
     }
 
     /// The names of the others.

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
+use shared::id::NodeId;
 use tokio::time::sleep;
 use wire::node::{Opening, Renewal};
 
@@ -74,18 +75,19 @@ impl Renewer {
 
     /// A new certificate (PEM) from the authority, here or elsewhere.
     async fn ask(&self, net: &PeerNet) -> Result<String, String> {
-        if let Some(door) = &net.0.door {
+        if let Some(door) = net.0.door.get() {
             let renewed = door.renew(net.0.hello.node.clone(), self.badge.certificate(), net.0.clock.wall()).await;
             return renewed.map_err(|error| error.to_string());
         }
         let mut why = "no node with the authority is connected".to_owned();
-        for node in net.0.peers() {
-            if net.hello_of(node).is_some_and(|hello| hello.has_authority) {
-                match net.ask(node, &Opening::Renew, ANSWER_WAIT_MAX).await {
-                    Ok(Renewal::Certificate(pem)) => return Ok(pem),
-                    Ok(Renewal::Refused(error)) => why = format!("node {node}: {}", error.message),
-                    Err(error) => why = error.to_string(),
-                }
+        // One that got the authority since it was connected has not said so: it is asked last.
+        let has_authority = |node: &&NodeId| net.hello_of(node).is_some_and(|hello| hello.has_authority);
+        let (said, others): (Vec<_>, Vec<_>) = net.0.peers().partition(has_authority);
+        for node in said.into_iter().chain(others.into_iter().filter(|node| net.is_connected(node))) {
+            match net.ask(node, &Opening::Renew, ANSWER_WAIT_MAX).await {
+                Ok(Renewal::Certificate(pem)) => return Ok(pem),
+                Ok(Renewal::Refused(error)) => why = format!("node {node}: {}", error.message),
+                Err(error) => why = error.to_string(),
             }
         }
         Err(why)

@@ -92,7 +92,7 @@ async fn admit<S: PeerService>(net: PeerNet, service: Arc<S>, incoming: Incoming
         Err(_) => return,
     };
     let protocol = stream::protocol(&connection);
-    let version = match (Version::of_alpn(&protocol), &net.0.door) {
+    let version = match (Version::of_alpn(&protocol), net.0.door.get()) {
         (Some(version), _) => version,
         (None, Some(door)) => return door.attend(&connection, &*net.0.clock, &net.0.refusals).await,
         // TLS agrees on nothing else.
@@ -162,7 +162,7 @@ async fn identify(
     }
     endpoint::welcome(connection);
     let mut frame = Vec::new();
-    let ours = net.0.hello.encode_for(version, net.0.clock.now(), &mut frame);
+    let ours = net.0.hello().encode_for(version, net.0.clock.now(), &mut frame);
     ours.map_err(|error| (Refusal::Protocol, format!("our own hello: {error}")))?;
     // A peer that does not wait for our hello has gone; its connection says so next.
     let _ = send.write_all(&frame).await;
@@ -243,7 +243,7 @@ impl<S: PeerService> Peer<S> {
     async fn renew(&self) -> Renewal {
         let refused = |what: String| Renewal::Refused(RequestError::new(ErrorKind::Unavailable, "unavailable", what));
         let net = self.net.upgrade();
-        let Some((net, door)) = net.as_ref().and_then(|net| Some((net, net.door.as_ref()?))) else {
+        let Some((net, door)) = net.as_ref().and_then(|net| Some((net, net.door.get()?))) else {
             return refused("the authority is on another machine".to_owned());
         };
         let Some(shown) = shown(&self.connection) else { return refused("no certificate was shown".to_owned()) };

@@ -78,3 +78,29 @@ fn an_operator_sees_what_is_warm_at_every_node_and_asks_another_when_the_first_i
         "{said}"
     );
 }
+
+#[test]
+fn a_node_joins_through_one_that_got_the_authority_while_it_was_running() {
+    let folder = scratch("authority");
+    let spec = NodeSpec::tiny(&folder).with(GENEROUS).with("[cluster]\nca = \"authority\"\ndrain_s = 0");
+    // They were let in by an authority that is not where the cluster file says.
+    let mut cluster = Cluster::start(&folder, &spec, 3);
+    cluster.nodes[2].kill();
+    let certificate = cluster.nodes[2].data().join("peer.pem");
+    std::fs::remove_file(&certificate).expect("it had one");
+    let output = ctl(&cluster, &["ca", "invite", "c"]);
+    assert!(!output.status.success(), "there is no authority yet");
+    std::fs::rename(folder.join("ca"), folder.join("authority")).expect("the authority moves");
+    let output = ctl(&cluster, &["ca", "invite", "c"]);
+    let line = String::from_utf8(output.stdout).expect("text");
+    let words: Vec<&str> = line.split_whitespace().skip(2).collect();
+    assert_eq!(words[..2], ["join", "c"], "{line}");
+    // Both nodes look once a second.
+    let joined = (0..50).any(|_| {
+        std::thread::sleep(Duration::from_millis(100));
+        ctl(&cluster, &words).status.success()
+    });
+    assert!(joined && certificate.exists(), "{}", cluster.logs());
+    cluster.nodes[2].restart();
+    cluster.nodes[2].wait_ready();
+}

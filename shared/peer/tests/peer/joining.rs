@@ -184,3 +184,22 @@ async fn an_address_with_too_many_bad_invitations_waits_and_a_node_that_is_in_do
     assert!(matches!(answer, Ok(Response::Done)), "nodes from that address are served: {answer:?}");
     until("the last one is counted", || scene.count(Refusal::TooMany) == 11).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_join_where_the_authority_came_while_the_node_was_running() {
+    let mut scene = scene();
+    scene.hosts.retain(|(name, _)| *name == node("c"));
+    let token = scene.invite("b");
+    let error = scene.join("b", &token).await.expect_err("not yet").to_string();
+    assert!(error.contains("does not have the authority"), "{error}");
+    let other = Authority::found(&scene.data("other"), &[], SystemClock.wall()).expect("another authority");
+    let identity = Identity::load(node("c"), &scene.data("c")).expect("an identity");
+    let error = scene.c.let_join(&identity, other).expect_err("another authority").to_string();
+    assert!(error.contains("not the one that let this node in"), "{error}");
+    assert!(scene.join("b", &token).await.is_err() && !scene.c.lets_join());
+    scene.c.let_join(&identity, scene.authority()).expect("the door opens");
+    assert_eq!(scene.join("b", &token).await.expect("let in"), node("c"));
+    // Those who are in are met as before.
+    let answer = scene.a.call(&node("c"), &Request::DrainNotice { epoch: 1 }, SOON).await;
+    assert!(matches!(answer, Ok(Response::Done)), "{answer:?}");
+}
