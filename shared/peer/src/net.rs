@@ -133,7 +133,7 @@ pub(crate) struct Inner {
     /// For the door of clients.
     pub(crate) client_secret: [u8; 32],
     peers: BTreeMap<NodeId, Peer>,
-    renewer: JoinHandle<()>,
+    renewer: OnceLock<JoinHandle<()>>,
 }
 
 /// The other nodes of the cluster. Cheap to clone; when the last clone is gone, so are the connections.
@@ -169,17 +169,21 @@ impl PeerNet {
         });
         let peers = peers.collect();
         let (ca, data) = (identity.ca.clone(), identity.data.clone());
-        Ok(Self(Arc::new_cyclic(|net| Inner {
+        let inner = Arc::new(Inner {
             badge: badge.clone(),
             client_secret: identity.secret("tenantry 2026 client door"),
-            renewer: tokio::spawn(Renewer { net: net.clone(), badge, ca, data }.run()),
+            renewer: OnceLock::new(),
             peers,
             hello,
             endpoint,
             refusals: Refusals::new(config.clock.clone()),
             clock: config.clock,
             door: config.authority.map_or_else(OnceLock::new, |authority| Door::new(authority).into()),
-        })))
+        });
+        // Started when there is what it holds weakly: it would take an end for granted otherwise.
+        let renewer = Renewer { net: Arc::downgrade(&inner), badge, ca, data };
+        let _ = inner.renewer.set(tokio::spawn(renewer.run()));
+        Ok(Self(inner))
     }
 
     /// Whether nodes join here.
@@ -378,7 +382,7 @@ impl Inner {
     }
 
     fn stop_dialling(&self) {
-        self.renewer.abort();
+        self.renewer.get().inspect(|renewer| renewer.abort());
         for peer in self.peers.values() {
             peer.dialler.abort();
         }
