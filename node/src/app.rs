@@ -40,6 +40,7 @@ use crate::base_room::BaseRoom;
 use crate::cluster::{ClusterNode, member_spec, place};
 use crate::gateway::backend::{
     Backend, CancelOnDrop, Check, Events, ModelCard, Prepared, RateState, Refused, Resumed, Running, Served,
+    node_stopping,
 };
 use crate::metering::Tap;
 use crate::metering::journal::Journal;
@@ -67,9 +68,9 @@ pub struct App {
     asked_to_end: Notify,
     prewarmer: Prewarmer,
     request_ids: RequestIds,
-    /// Places for encoding long inputs and compiling grammars, so that they never crowd out the engine.
     /// Requests with idempotency keys that clients of this node are waiting for.
     claims: Arc<Mutex<Claims>>,
+    /// Places for encoding long inputs and compiling grammars, so that they never crowd out the engine.
     encoding: Semaphore,
     /// Places for checking uploads, each of which holds a whole file in memory.
     checking: Semaphore,
@@ -123,8 +124,8 @@ impl App {
             asked_to_end: Notify::new(),
             prewarmer: Prewarmer::default(),
             request_ids,
-            encoding,
             claims: Arc::default(),
+            encoding,
             checking,
             changing,
         }
@@ -235,7 +236,6 @@ impl App {
         self.rooms.values().map(of).sum()
     }
 
-    fn room(&self, base: &BaseName) -> Result<&Arc<BaseRoom>, RequestError> {
     /// Adapters in the memory of this node's engines.
     pub fn residents(&self) -> Vec<Resident> {
         let of = |room: &Arc<BaseRoom>| {
@@ -247,6 +247,7 @@ impl App {
         self.rooms.values().flat_map(of).collect()
     }
 
+    fn room(&self, base: &BaseName) -> Result<&Arc<BaseRoom>, RequestError> {
         self.rooms.get(base).ok_or_else(|| {
             RequestError::new(
                 ErrorKind::Unavailable,
@@ -269,13 +270,15 @@ impl App {
         self.registry.configured().iter().filter(|member| member.votes).all(|member| votes(&member.node))
     }
 
-    /// Whether new requests may come in.
-    pub(crate) fn check_open(&self) -> Result<(), RequestError> {
+    /// Whether new work may come in, admitted here or at another node.
+    pub(crate) fn check_works(&self) -> Result<(), RequestError> {
+        if self.is_draining() { Err(node_stopping()) } else { Ok(()) }
+    }
+
+    /// Whether requests may be admitted here, whose usage this node records.
+    fn check_open(&self) -> Result<(), RequestError> {
         let wait = Duration::from_secs(1);
-        if self.is_draining() {
-            let message = "this node is stopping; hint: retry, another node will answer";
-            return Err(RequestError::new(ErrorKind::Unavailable, "node_stopping", message).retry_after(wait));
-        }
+        self.check_works()?;
         if !self.journal.is_healthy() {
             let message = "this node cannot record usage and admits nothing until it can; hint: retry later";
             return Err(RequestError::new(ErrorKind::Unavailable, "metering_unavailable", message).retry_after(wait));
@@ -445,13 +448,13 @@ impl Backend for App {
         self.request_ids.of(who.tenant(), key)
     }
 
-    async fn resume(&self, who: &AuthedTenant, request: RequestId, have: &[Have]) -> Result<Resumed, RequestError> {
-        self.go_on(who, request, have).await
-    }
     async fn claim(&self, request: RequestId) -> Result<CancelOnDrop, RequestError> {
         self.claim_once(request).await
     }
 
+    async fn resume(&self, who: &AuthedTenant, request: RequestId, have: &[Have]) -> Result<Resumed, RequestError> {
+        self.go_on(who, request, have).await
+    }
 
     fn checks(&self) -> Vec<Check> {
         let mut checks: Vec<Check> = Vec::new();

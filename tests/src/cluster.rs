@@ -2,6 +2,7 @@
 //!
 //! Used by the end-to-end tests and by `scripts/chaos`; knows nothing of a node's insides.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -111,6 +112,17 @@ impl Cluster {
         ClientConfig { nodes, key: key.to_owned(), roots }
     }
 
+    /// Tokens that all nodes together bill: of several records of one request the furthest counts.
+    pub fn billed(&self) -> u64 {
+        let mut by_request = BTreeMap::<String, u64>::new();
+        for record in self.nodes.iter().flat_map(NodeProcess::usage) {
+            let n: u64 = record["delivered"].as_array().into_iter().flatten().filter_map(Value::as_u64).sum();
+            let billed = by_request.entry(record["request"].as_str().unwrap_or_default().to_owned()).or_default();
+            *billed = n.max(*billed);
+        }
+        by_request.values().sum()
+    }
+
     /// What the log of every node says, for the message of a failing test.
     pub fn logs(&self) -> String {
         self.nodes.iter().map(|node| format!("--- node {}\n{}\n", node.name(), node.log())).collect()
@@ -137,7 +149,12 @@ impl Streaming {
 
     /// Asks for the rest of a stream behind this event.
     pub fn go_on(node: &NodeProcess, key: &str, body: &Value, last_event: Option<String>) -> Self {
-        let (url, key, mut body) = (format!("{}/v1/completions", node.url()), key.to_owned(), body.clone());
+        Self::at(&node.url(), key, body, last_event)
+    }
+
+    /// The same at a node known by its URL only.
+    pub fn at(url: &str, key: &str, body: &Value, last_event: Option<String>) -> Self {
+        let (url, key, mut body) = (format!("{url}/v1/completions"), key.to_owned(), body.clone());
         body["stream"] = json!(true);
         body["return_token_ids"] = json!(true);
         let n_tokens = Arc::new(AtomicUsize::new(0));

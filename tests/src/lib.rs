@@ -8,6 +8,8 @@ use std::path::PathBuf;
 
 pub mod cluster;
 pub mod http3;
+pub mod disk;
+pub mod full_disk;
 pub mod network;
 pub mod operator;
 pub mod process;

@@ -66,7 +66,7 @@ impl Carrier for Script {
 #[tokio::test]
 async fn a_request_that_began_on_the_base_goes_on_there_at_every_node() {
     let carrier = Arc::new(Script::default());
-    let (_tables, routed) = watch::channel(Arc::new(table(3, 0, &[])));
+    let routed = Tables::new(table(3, 0, &[]));
     let forwarder = Forwarder::new(Arc::clone(&carrier), routed, Arc::new(shared::clock::SystemClock));
     let pin = AdapterPin { name: "acme-support-smollm2-v1.0.0".parse().expect("a name"), hash: ContentHash([7; 32]) };
     let envelope = Envelope { id: RequestId(9), adapter: Some(pin), ..envelope(now(), &[1, 2]) };

@@ -81,6 +81,14 @@ pub enum RegistryError {
         /// How long it was tried.
         waited_ms: u64,
     },
+    /// The change was made, but this node cannot show it: it is cut off from the leader, or its own disk is full.
+    #[error(
+        "the change was made, but this node's own copy of the registry lacks it after {waited_ms} ms; hint: ask another node; an API key that was made with it cannot be shown any more, make another"
+    )]
+    CopyLate {
+        /// How long it was waited for.
+        waited_ms: u64,
+    },
     /// The disk failed. The command may or may not have been applied: read the tenant before trying again.
     #[error(
         "the registry could not be written: {0}; hint: read the tenant again before retrying, the change may have been kept"
@@ -106,6 +114,7 @@ impl RegistryError {
             Self::Busy { .. }
             | Self::NoLeader { .. }
             | Self::OutcomeUnknown { .. }
+            | Self::CopyLate { .. }
             | Self::Unavailable
             | Self::Open(_) => ErrorKind::Unavailable,
             Self::Storage(_) => ErrorKind::StorageFull,
@@ -124,6 +133,7 @@ impl RegistryError {
             Self::Busy { .. } => "registry_busy",
             Self::NoLeader { .. } => "registry_no_leader",
             Self::OutcomeUnknown { .. } => "registry_outcome_unknown",
+            Self::CopyLate { .. } => "registry_copy_late",
             Self::Storage(_) => "registry_storage",
             Self::Open(_) | Self::Unavailable => "registry_unavailable",
         }

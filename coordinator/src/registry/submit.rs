@@ -67,7 +67,7 @@ impl Registry {
     ///
     /// # Errors
     /// Why the command was refused; [`RegistryError::OutcomeUnknown`], [`RegistryError::Storage`] and
-    /// [`RegistryError::Unavailable`] leave open whether it was carried out.
+    /// [`RegistryError::Unavailable`] leave open whether it was carried out; after [`RegistryError::CopyLate`] it was.
     pub async fn apply(&self, command: impl Into<Command>) -> Result<Applied, RegistryError> {
         let proposal = Proposal { id: CommandId::random(), command: command.into() };
         self.check_wrapped_key(&proposal.command)?;
@@ -106,7 +106,7 @@ impl Registry {
             };
             match reply {
                 Some(Ok(applied)) => {
-                    self.show(applied.epoch).await;
+                    self.show(applied.epoch).await?;
                     return Ok(applied);
                 }
                 // With others there, one that takes over may know.
@@ -171,11 +171,13 @@ impl Registry {
     }
 
     /// Waits until this node's copy shows what was applied elsewhere.
-    async fn show(&self, epoch: u64) {
+    async fn show(&self, epoch: u64) -> Result<(), RegistryError> {
         let mut snapshots = self.subscribe();
-        if timeout(OWN_COPY_WAIT_MAX, snapshots.wait_for(|snapshot| snapshot.epoch() >= epoch)).await.is_err() {
+        let shown = timeout(OWN_COPY_WAIT_MAX, snapshots.wait_for(|snapshot| snapshot.epoch() >= epoch)).await;
+        shown.map(drop).map_err(|_| {
             tracing::warn!(epoch, "this node's copy of the registry is late");
-        }
+            RegistryError::CopyLate { waited_ms: u64::try_from(OWN_COPY_WAIT_MAX.as_millis()).unwrap_or(u64::MAX) }
+        })
     }
 
     /// A tenant whose key does not open here would make the whole registry unreadable.

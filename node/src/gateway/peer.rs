@@ -43,7 +43,8 @@ impl App {
         emitted: Emitted,
         attempt: u32,
     ) -> Result<Serving, RequestError> {
-        self.check_open()?;
+        // Usage is recorded where the client is: this node may compute for others while it cannot.
+        self.check_works()?;
         let tenant = &envelope.route.tenant;
         let foreign_pin = envelope.adapter.as_ref().is_some_and(|pin| pin.name.client != *tenant);
         if foreign_pin {

@@ -15,9 +15,9 @@ const N_TOKENS: u32 = 900;
 
 pub(crate) struct Fleet {
     pub(crate) cluster: Cluster,
-    keys: Vec<String>,
+    pub(crate) keys: Vec<String>,
     /// The undisturbed answers, one per tenant.
-    expected: Vec<Vec<u32>>,
+    pub(crate) expected: Vec<Vec<u32>>,
 }
 
 // === impl Fleet ===
@@ -39,7 +39,8 @@ impl Fleet {
         (Self::of(cluster), network)
     }
 
-    fn of(cluster: Cluster) -> Self {
+    /// Tenants and their undisturbed answers for a running cluster.
+    pub(crate) fn of(cluster: Cluster) -> Self {
         let tenant =
             |n: usize| operator::tenant(&cluster.nodes[0], &format!("tenant{n}"), &json!({"allow_base": true}));
         let keys = (0..N_TENANTS).map(tenant).collect();
@@ -67,7 +68,7 @@ impl Fleet {
     }
 
     /// What tenant `n` asks: half sample, and every third is bound to a schema.
-    fn body(n: usize) -> Value {
+    pub(crate) fn body(n: usize) -> Value {
         let mut body = json!({
             "model": "tiny", "prompt": format!("tell me about {n}"), "max_tokens": N_TOKENS, "seed": n,
             "temperature": if n.is_multiple_of(2) { 0.0 } else { 0.9 }, "ignore_eos": true,
@@ -122,7 +123,6 @@ impl Fleet {
 
     /// Asks as the first tenant with an idempotency key; the tokens of the answer.
     pub(crate) fn keyed(&self, door: usize, idempotency_key: &str, body: &Value) -> Vec<u32> {
-        let mut body = body.clone();
         let answer = self.send_keyed(door, idempotency_key, body);
         assert_eq!(answer.status, 200, "{}\n{}", answer.text, self.cluster.logs());
         token_ids(&answer.body["choices"][0])
@@ -130,11 +130,10 @@ impl Fleet {
 
     /// The same, whatever the answer.
     pub(crate) fn send_keyed(&self, door: usize, idempotency_key: &str, body: &Value) -> Answer {
+        let mut body = body.clone();
         body["return_token_ids"] = json!(true);
         let header = ("idempotency-key", idempotency_key);
-        let answer = self.cluster.nodes[door].post_with("/v1/completions", &self.keys[0], header, &body);
-        assert_eq!(answer.status, 200, "{}\n{}", answer.text, self.cluster.logs());
-        token_ids(&answer.body["choices"][0])
+        self.cluster.nodes[door].post_with("/v1/completions", &self.keys[0], header, &body)
     }
 
     /// One stream per tenant, through one node.

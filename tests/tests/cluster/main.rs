@@ -10,6 +10,7 @@ mod network;
 mod registry;
 mod fallback;
 mod operators;
+mod disk;
 mod doors;
 mod places;
 mod warm;

@@ -3,8 +3,12 @@
 //!
 //! `cargo run --release -p tests --example chaos -- MODE [rounds] [streams] [tokens]`, with `TENANTRY_BIN` naming the
 //! program; `scripts/chaos/nodes` says which modes there are. Every stream is compared with what the same request got
-//! undisturbed.
+//! undisturbed. `PROMPT` in the environment is the length of prompts in tokens.
 
+mod disk;
+mod long;
+
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -22,6 +26,9 @@ const FROZEN: Duration = Duration::from_secs(5);
 const KNOWN_WITHIN: Duration = Duration::from_secs(10);
 /// Clients that ask without a pause while nodes are restarted.
 const CLIENTS: usize = 8;
+/// Tokens of made-up prompts: plain words of the vocabulary of 49,152, no control tokens.
+const FIRST_WORD: usize = 1000;
+const N_WORDS: usize = 40_000;
 /// Between two restarts.
 const BETWEEN: Duration = Duration::from_secs(2);
 
@@ -58,7 +65,12 @@ struct Bench {
     keys: Vec<String>,
     expected: Vec<Vec<u32>>,
     n_tokens: u64,
+    /// Tokens of a prompt, when they are counted.
+    prompt: Option<usize>,
 }
+
+/// Numbers that look random and are the same for a seed (splitmix64).
+struct Dice(u64);
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -78,9 +90,16 @@ fn main() -> ExitCode {
         Some("partition") => rounds(&plan(Disturbance::Partition)),
         Some("loss") => rounds(&plan(Disturbance::Loss)),
         Some("rolling") => rolling(number(1, 2)),
+        Some("disk") => disk::run(number(1, 32), number(2, 64) as u64),
+        Some("long") => {
+            let minutes = words.get(1).and_then(|word| word.parse().ok()).unwrap_or(30.0);
+            let seed = number(2, 1) as u64;
+            long::run(minutes, seed)
+        }
         _ => {
             eprintln!(
-                "usage: chaos kill|freeze|leave|entry|library|partition|loss|rolling [rounds] [streams] [tokens]"
+                "usage: chaos kill|freeze|leave|entry|library|partition|loss [rounds] [streams] [tokens]
+       chaos rolling [rounds] | disk [streams] [tokens] | long [minutes] [seed]"
             );
             return ExitCode::from(2);
         }
@@ -96,7 +115,7 @@ fn rounds(plan: &Plan) -> bool {
     for round in 0..plan.n_rounds {
         for victim in [1, 2] {
             // A node that has just died gets few tenants for a while: every disturbance has a cluster of its own.
-            let mut bench = Bench::start(plan, expected.take());
+            let mut bench = Bench::start(plan.n_streams, plan.n_tokens, expected.take());
             holds &= bench.round(plan, round, victim, &mut pauses);
             expected = Some(bench.expected);
         }
@@ -116,8 +135,7 @@ fn percentiles(pauses: &mut [Duration]) -> (u128, u128) {
 
 /// Every node in turn gets SIGTERM and comes back, under clients of the library that never stop asking.
 fn rolling(n_rounds: usize) -> bool {
-    let plan = Plan { disturbance: Disturbance::Leave, n_rounds, n_streams: CLIENTS, n_tokens: 64 };
-    let mut bench = Bench::start(&plan, None);
+    let mut bench = Bench::start(CLIENTS, 64, None);
     let (stop, n_asked, n_wrong) = (AtomicBool::new(false), AtomicUsize::new(0), AtomicUsize::new(0));
     let configs: Vec<_> = (0..CLIENTS).map(|n| bench.cluster.library(n, &bench.keys[n])).collect();
     std::thread::scope(|scope| {
@@ -153,18 +171,47 @@ fn rolling(n_rounds: usize) -> bool {
     n_wrong == 0
 }
 
+/// What tenant `n` asks: a question of about 16 tokens, or so many tokens of any kind.
+fn body(n: usize, n_tokens: u64, prompt: Option<usize>) -> Value {
+    let mut dice = Dice(n as u64);
+    let prompt = match prompt {
+        None => json!(format!("Question {n}: why do rivers meander on their way to the sea?")),
+        Some(length) => (0..length).map(|_| FIRST_WORD + dice.below(N_WORDS)).collect(),
+    };
+    json!({
+        "model": "smollm2", "max_tokens": n_tokens, "seed": n, "ignore_eos": true,
+        "prompt": prompt,
+        "temperature": if n.is_multiple_of(2) { 0.0 } else { 0.9 },
+    })
+}
+
+// === impl Dice ===
+
+impl Dice {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((mixed ^ (mixed >> 31)) % n as u64) as usize
+    }
+}
+
 // === impl Bench ===
 
 impl Bench {
-    fn start(plan: &Plan, expected: Option<Vec<Vec<u32>>>) -> Self {
-        let folder = scratch("chaos");
+    fn start(n_streams: usize, n_tokens: u64, expected: Option<Vec<Vec<u32>>>) -> Self {
+        Self::start_in(&scratch("chaos"), n_streams, n_tokens, expected)
+    }
+
+    fn start_in(folder: &Path, n_streams: usize, n_tokens: u64, expected: Option<Vec<Vec<u32>>>) -> Self {
         let tables = "[engine]\nthreads = 1\nkv_mib = 256\n\n[cluster]\ndrain_s = 6";
         let spec = NodeSpec::real().with(GENEROUS).with(tables);
-        let (cluster, network) = Cluster::start_apart(&folder, &spec, 3);
+        let (cluster, network) = Cluster::start_apart(folder, &spec, 3);
         let tenant =
             |n: usize| operator::tenant(&cluster.nodes[0], &format!("tenant{n}"), &json!({"allow_base": true}));
-        let keys: Vec<String> = (0..plan.n_streams).map(tenant).collect();
-        let mut bench = Self { cluster, network, keys, expected: Vec::new(), n_tokens: plan.n_tokens };
+        let keys: Vec<String> = (0..n_streams).map(tenant).collect();
+        let prompt = std::env::var("PROMPT").ok().and_then(|n| n.parse().ok());
+        let mut bench = Self { cluster, network, keys, expected: Vec::new(), n_tokens, prompt };
         bench.wait_for_tenants();
         let undisturbed = || bench.streams(0).into_iter().map(|stream| stream.join().ids).collect();
         bench.expected = expected.unwrap_or_else(undisturbed);
@@ -182,11 +229,7 @@ impl Bench {
     }
 
     fn body(&self, n: usize) -> Value {
-        json!({
-            "model": "smollm2", "max_tokens": self.n_tokens, "seed": n, "ignore_eos": true,
-            "prompt": format!("Question {n}: why do rivers meander on their way to the sea?"),
-            "temperature": if n.is_multiple_of(2) { 0.0 } else { 0.9 },
-        })
+        body(n, self.n_tokens, self.prompt)
     }
 
     /// A stream per tenant through a node.
