@@ -186,6 +186,13 @@ impl Objects {
 fn open_s3(url: &str) -> Result<(Arc<dyn ObjectStore>, Path), String> {
     // Whoever embeds this may have chosen another one before.
     let _ = rustls::crypto::ring::default_provider().install_default();
+    // The client panics at its first request over an endpoint that is no URL.
+    for name in ["AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"] {
+        let is_url = |value: &str| value.starts_with("http://") || value.starts_with("https://");
+        if let Some(value) = std::env::var(name).ok().filter(|value| !is_url(value)) {
+            return Err(format!("{name} is {value:?}; hint: it is a URL such as https://s3.example.com, or not set"));
+        }
+    }
     let rest = url.strip_prefix("s3://").unwrap_or(url);
     let prefix = rest.split_once('/').map_or("", |(_, prefix)| prefix);
     let store = object_store::aws::AmazonS3Builder::from_env().with_url(url).build();
