@@ -3,7 +3,7 @@
 //! Two families: the `vllm:` names with vLLM's buckets, so that existing dashboards and schedulers work, and our own
 //! (MON-01, MON-06…09, MON-12). The same thing has the same label everywhere: `model_name` is the base (beside
 //! `engine`, always 0, where vLLM has it), then `tenant`, `task`, `adapter`, `tier`. Here is what moves with requests;
-//! [`state`] is what is read when somebody asks, [`describe`] says what each metric means, and [`labels`] bounds the
+//! `state` is what is read when somebody asks, `describe` says what each metric means, and `labels` bounds the
 //! number of series.
 
 pub mod labels;
