@@ -1,7 +1,7 @@
 //! Fetches adapters before somebody asks (AD-13, AD-16, AD-17): the shell around [`coordinator::prewarm`].
 //!
-//! A node remembers which of its tenants' tasks are asked for and when. From that it plans loads for itself, a few a
-//! minute and never against what tenants ask for now; it tells the successor of each likely tenant, and the new home of
+//! A node remembers which of its tenants' tasks are asked for and when. From that it plans loads for itself, a few in
+//! five minutes and never against what tenants ask for now; it tells the successor of each likely tenant, and the new home of
 //! those that a change of the ring takes from it. Whoever is told has the last word: it takes out an idle adapter for
 //! another's only if that is much less likely to be asked for.
 

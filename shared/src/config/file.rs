@@ -225,7 +225,7 @@ impl Default for Adapters {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Queue {
-    /// Requests that may wait on a node.
+    /// Requests that may wait on a node, for each base.
     pub depth_total: usize,
     /// Of these, of one tenant.
     pub depth_tenant: u32,
