@@ -2,7 +2,6 @@
 //!
 //! Used by the end-to-end tests and by `scripts/chaos`; knows nothing of a node's insides.
 
-use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -18,6 +17,7 @@ use rustls::pki_types::pem::PemObject;
 use serde_json::{Value, json};
 use shared::clock::{Clock, SystemClock};
 
+use crate::namespaces::Namespaces;
 use crate::network::Network;
 use crate::operator::agent;
 use crate::process::{NodePlace, NodeProcess, NodeSpec, write_config, write_config_as};
@@ -67,13 +67,25 @@ impl Cluster {
         let mut places = NodePlace::cluster(lines.len());
         places.iter_mut().zip(lines).for_each(|(place, lines)| place.lines = format!("{lines}\n"));
         write_config(folder, spec, &places);
+        Self::launch(folder, places)
+    }
+
+    /// Starts `n` nodes, each in a network namespace of its own.
+    pub fn start_in(namespaces: &Namespaces, folder: &Path, spec: &NodeSpec, n: usize) -> Self {
+        let mut places = NodePlace::cluster(n);
+        places.iter_mut().enumerate().for_each(|(n, place)| namespaces.place(n, place));
+        write_config(folder, spec, &places);
+        Self::launch(folder, places)
+    }
+
+    fn launch(folder: &Path, places: Vec<NodePlace>) -> Self {
         let_in(folder, &places);
         let mut nodes: Vec<NodeProcess> = places.into_iter().map(|place| NodeProcess::launch(folder, place)).collect();
         nodes.iter_mut().for_each(NodeProcess::wait_ready);
         Self { nodes, folder: folder.to_owned() }
     }
 
-    /// The same with a network between them that can be made bad.
+    /// Starts `n` nodes with relays between them, whose packets can be cut off, lost and delayed.
     pub fn start_apart(folder: &Path, spec: &NodeSpec, n: usize) -> (Self, Network) {
         let places = NodePlace::cluster(n);
         let addresses: Vec<SocketAddr> =
@@ -87,10 +99,7 @@ impl Cluster {
             }
             write_config_as(&folder.join(format!("cluster-{}.toml", place.name)), spec, &seen);
         }
-        let_in(folder, &places);
-        let mut nodes: Vec<NodeProcess> = places.into_iter().map(|place| NodeProcess::launch(folder, place)).collect();
-        nodes.iter_mut().for_each(NodeProcess::wait_ready);
-        (Self { nodes, folder: folder.to_owned() }, network)
+        (Self::launch(folder, places), network)
     }
 
     /// Where the cluster file is.
@@ -110,17 +119,6 @@ impl Cluster {
         let root = self.folder.join(self.nodes[0].place().data()).join("ca.pem");
         let roots = vec![CertificateDer::from_pem_file(root).expect("the authority's certificate")];
         ClientConfig { nodes, key: key.to_owned(), roots }
-    }
-
-    /// Tokens that all nodes together bill: of several records of one request the furthest counts.
-    pub fn billed(&self) -> u64 {
-        let mut by_request = BTreeMap::<String, u64>::new();
-        for record in self.nodes.iter().flat_map(NodeProcess::usage) {
-            let n: u64 = record["delivered"].as_array().into_iter().flatten().filter_map(Value::as_u64).sum();
-            let billed = by_request.entry(record["request"].as_str().unwrap_or_default().to_owned()).or_default();
-            *billed = n.max(*billed);
-        }
-        by_request.values().sum()
     }
 
     /// What the log of every node says, for the message of a failing test.

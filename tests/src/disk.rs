@@ -69,15 +69,26 @@ impl Drop for SmallDisk {
 
 /// Runs this very program with these arguments where it may mount. `None` when it was started so, or cannot be.
 pub fn again_with_mounts(words: &[&str]) -> Option<ExitStatus> {
+    again_apart(&["--map-root-user", "--mount"], words)
+}
+
+/// Runs this very program with these arguments in namespaces of its own, as `unshare` makes them. `None` when it was
+/// started so, or they cannot be had.
+pub fn again_apart(namespaces: &[&str], words: &[&str]) -> Option<ExitStatus> {
     let may = |command: &mut Command| command.stderr(Stdio::null()).status().is_ok_and(|status| status.success());
     let unshare = || {
         let mut command = Command::new("unshare");
-        command.args(["--map-root-user", "--mount"]);
+        command.args(namespaces);
         command
     };
-    if std::env::var_os(AGAIN).is_some() || !may(unshare().arg("true")) {
+    if is_apart() || !may(unshare().arg("true")) {
         return None;
     }
     let own = std::env::current_exe().expect("a program knows its file");
     unshare().arg(own).args(words).env(AGAIN, "1").status().ok()
+}
+
+/// This program was started by [`again_apart`].
+pub fn is_apart() -> bool {
+    std::env::var_os(AGAIN).is_some()
 }

@@ -8,6 +8,7 @@ use model::adapter::AdapterFiles;
 use serde_json::{Value, json};
 use shared::clock::{Clock, SystemClock};
 
+use crate::bills::{self, Tokens};
 use crate::cluster::{Cluster, Streamed, Streaming};
 use crate::disk::SmallDisk;
 use crate::operator;
@@ -17,6 +18,9 @@ use crate::process::{Answer, NodeProcess};
 const TRIES: usize = 12;
 /// Longest wait for a node to be well again once there is room.
 const WELL_WITHIN: Duration = Duration::from_secs(20);
+
+/// Longest wait for the bills of what was delivered.
+const BILLED_WITHIN: Duration = Duration::from_secs(3);
 
 /// An invariant and whether it held.
 #[derive(Debug)]
@@ -30,7 +34,7 @@ pub struct Line {
 /// Tenants, what they ask, and what that brings undisturbed.
 #[derive(Debug)]
 pub struct Load<'a> {
-    /// Keys of tenants.
+    /// Keys of tenants `tenant0`, `tenant1` …
     pub keys: &'a [String],
     /// What each asks.
     pub bodies: Vec<Value>,
@@ -43,31 +47,27 @@ pub struct Load<'a> {
 /// The state of one run.
 struct Run<'a> {
     cluster: &'a mut Cluster,
+    disk: &'a SmallDisk,
     load: &'a Load<'a>,
     /// Whose disk is filled.
     full: usize,
     lines: Vec<Line>,
     /// Tokens that clients got.
-    n_delivered: u64,
+    got: Tokens,
     /// Keys of tenants whose creation was acknowledged.
     created: Vec<String>,
 }
 
 /// Fills the disk of node `full` under streams through it and through the others, asks and changes what it can
 /// meanwhile, gives the room back, kills the node, and says what held. Usage is counted from the cluster's beginning:
-/// `n_before` tokens were delivered before.
-pub fn fill_under_load(
-    cluster: &mut Cluster,
-    disk: &SmallDisk,
-    full: usize,
-    load: &Load<'_>,
-    n_before: u64,
-) -> Vec<Line> {
-    let mut run = Run { cluster, load, full, lines: Vec::new(), n_delivered: n_before, created: Vec::new() };
+/// before, each tenant was answered once.
+pub fn fill_under_load(cluster: &mut Cluster, disk: &SmallDisk, full: usize, load: &Load<'_>) -> Vec<Line> {
+    let mut run = Run { cluster, disk, load, full, lines: Vec::new(), got: Tokens::new(), created: Vec::new() };
+    load.expected.iter().enumerate().for_each(|(n, ids)| run.count(n, ids.len()));
     for tenant in ["upother", "upfull", "upagain"] {
         operator::tenant(&run.cluster.nodes[run.other()], tenant, &json!({"allow_base": true}));
     }
-    run.streams(disk);
+    run.streams();
     run.requests();
     run.changes();
     run.uploads();
@@ -95,14 +95,18 @@ impl Run<'_> {
         Streaming::start(&self.cluster.nodes[door], &self.load.keys[n], &self.load.bodies[n])
     }
 
+    fn count(&mut self, n: usize, n_tokens: usize) {
+        *self.got.entry(format!("tenant{n}")).or_default() += n_tokens as u64;
+    }
+
     /// Counts what a client got; true when it is what it should be.
     fn take(&mut self, n: usize, streamed: &Streamed) -> bool {
-        self.n_delivered += streamed.ids.len() as u64;
+        self.count(n, streamed.ids.len());
         streamed.finish.is_some() && streamed.error.is_none() && streamed.ids == self.load.expected[n]
     }
 
     /// Streams of all tenants through another node, of some through the node whose disk fills up meanwhile.
-    fn streams(&mut self, disk: &SmallDisk) {
+    fn streams(&mut self) {
         let n_there = self.load.keys.len() / 4;
         let doors: Vec<(usize, usize)> =
             (0..self.load.keys.len()).map(|n| (self.other(), n)).chain((0..n_there).map(|n| (self.full, n))).collect();
@@ -111,7 +115,7 @@ impl Run<'_> {
         while streams.iter().map(Streaming::n_tokens).sum::<usize>() < n_tokens / 4 {
             std::thread::sleep(Duration::from_millis(1));
         }
-        let n_bytes = disk.fill();
+        let n_bytes = self.disk.fill();
         let streamed: Vec<Streamed> = streams.into_iter().map(Streaming::join).collect();
         let wrong: Vec<String> =
             doors.iter().zip(&streamed).filter(|((_, n), one)| !self.take(*n, one)).map(wrong).collect();
@@ -134,8 +138,10 @@ impl Run<'_> {
         }
         let n = TRIES.min(self.load.keys.len());
         self.say(format!("new requests through another node: {n_right} of {n} right"), n_right == n);
-        let (mut n_served, mut n_refused, mut unclear) = (0, 0, Vec::new());
+        let (mut n_served, mut n_refused, mut unclear, mut n_bytes) = (0, 0, Vec::new(), 0);
         for n in 0..n {
+            // The node's own files shrink now and then, and what they give back would do for these records.
+            n_bytes += self.disk.fill();
             let (node, key) = (&self.cluster.nodes[self.full], &self.load.keys[n]);
             let mut body = self.load.bodies[n].clone();
             body["return_token_ids"] = json!(true);
@@ -145,7 +151,7 @@ impl Run<'_> {
                 200 => {
                     let ids = crate::process::token_ids(&answer.body["choices"][0]);
                     n_served += 1;
-                    self.n_delivered += ids.len() as u64;
+                    self.count(n, ids.len());
                     if ids != self.load.expected[n] {
                         unclear.push("other tokens".to_owned());
                     }
@@ -155,7 +161,7 @@ impl Run<'_> {
             }
         }
         self.say(
-            format!("new requests through the full node: {n_served} served, {n_refused} refused with 503 metering_unavailable and a time to retry, otherwise {unclear:?}"),
+            format!("new requests through the full node: {n_served} served, {n_refused} refused with 503 metering_unavailable and a time to retry, otherwise {unclear:?}; {n_bytes} bytes that the node gave back were taken"),
             unclear.is_empty() && n_refused > 0,
         );
     }
@@ -246,16 +252,8 @@ impl Run<'_> {
     }
 
     fn usage(&mut self) {
-        let started = SystemClock.now();
-        let billed = loop {
-            let billed = self.cluster.billed();
-            if billed >= self.n_delivered || started.elapsed() > Duration::from_secs(3) {
-                break billed;
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        };
-        let n = self.n_delivered;
-        self.say(format!("tokens billed {billed}, tokens that clients got {n}"), billed == n);
+        let bill = bills::settle(&self.cluster.nodes, &self.got, BILLED_WITHIN);
+        self.say(bill.to_string(), (bill.unbilled, bill.beyond) == (0, 0));
     }
 }
 

@@ -6,10 +6,12 @@
 
 use std::path::PathBuf;
 
+pub mod bills;
 pub mod cluster;
 pub mod http3;
 pub mod disk;
 pub mod full_disk;
+pub mod namespaces;
 pub mod network;
 pub mod operator;
 pub mod process;

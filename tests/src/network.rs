@@ -16,10 +16,11 @@ const PACKET_BYTES: usize = 65_536;
 /// A relay looks this often whether it is to end.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// What the packets of one pair of nodes meet, in both directions.
+/// What the packets of one pair of nodes meet.
 #[derive(Debug, Default)]
 struct Weather {
-    is_cut: AtomicBool,
+    /// From the node with the smaller number to the other, and back.
+    is_cut: [AtomicBool; 2],
     /// Of a million packets so many are lost.
     lost_ppm: AtomicU32,
     delay_us: AtomicU32,
@@ -49,7 +50,7 @@ impl Network {
         for from in 0..nodes.len() {
             for to in (0..nodes.len()).filter(|to| *to != from) {
                 let weather: &Arc<Weather> = weather.entry(pair(from, to)).or_default();
-                let front = relay(nodes[to], weather).expect("loopback has ports");
+                let front = relay(nodes[to], weather, [way(from, to), way(to, from)]).expect("loopback has ports");
                 fronts.insert((from, to), front);
             }
         }
@@ -63,7 +64,13 @@ impl Network {
 
     /// No packet passes between two nodes, or all do again.
     pub fn cut(&self, one: usize, other: usize, is_cut: bool) {
-        self.weather[&pair(one, other)].is_cut.store(is_cut, Ordering::Relaxed);
+        self.cut_one_way(one, other, is_cut);
+        self.cut_one_way(other, one, is_cut);
+    }
+
+    /// No packet of node `from` reaches node `to`, or all do again. What comes the other way is not touched.
+    pub fn cut_one_way(&self, from: usize, to: usize, is_cut: bool) {
+        self.weather[&pair(from, to)].is_cut[way(from, to)].store(is_cut, Ordering::Relaxed);
     }
 
     /// Between all nodes, this share of the packets is lost and the rest comes late.
@@ -85,13 +92,18 @@ fn pair(one: usize, other: usize) -> (usize, usize) {
     (one.min(other), one.max(other))
 }
 
+/// Which of a pair's two ways this is.
+fn way(from: usize, to: usize) -> usize {
+    usize::from(from > to)
+}
+
 impl Weather {
-    /// When a packet may go on; `None` is never. Which ones are lost is a function of how many there were.
-    fn passes(&self) -> Option<Instant> {
+    /// When a packet may go on its way; `None` is never. Which ones are lost is a function of how many there were.
+    fn passes(&self, way: usize) -> Option<Instant> {
         let n = self.n_packets.fetch_add(1, Ordering::Relaxed);
         let dice = blake3::hash(&n.to_le_bytes());
         let dice = u32::from_le_bytes(*dice.as_bytes().first_chunk().expect("32 bytes")) % 1_000_000;
-        let is_lost = self.is_cut.load(Ordering::Relaxed) || dice < self.lost_ppm.load(Ordering::Relaxed);
+        let is_lost = self.is_cut[way].load(Ordering::Relaxed) || dice < self.lost_ppm.load(Ordering::Relaxed);
         let delay = Duration::from_micros(u64::from(self.delay_us.load(Ordering::Relaxed)));
         (!is_lost).then(|| SystemClock.now() + delay)
     }
@@ -102,7 +114,7 @@ impl Weather {
 }
 
 /// A relay to `target`: what comes to its front goes on from a socket per sender, and answers go back.
-fn relay(target: SocketAddr, weather: &Arc<Weather>) -> io::Result<SocketAddr> {
+fn relay(target: SocketAddr, weather: &Arc<Weather>, [there, back]: [usize; 2]) -> io::Result<SocketAddr> {
     let front = Arc::new(socket()?);
     let address = front.local_addr()?;
     let weather = Arc::clone(weather);
@@ -111,15 +123,15 @@ fn relay(target: SocketAddr, weather: &Arc<Weather>) -> io::Result<SocketAddr> {
         let mut buffer = vec![0; PACKET_BYTES];
         while !weather.is_over() {
             let Ok((n_bytes, sender)) = front.recv_from(&mut buffer) else { continue };
-            let Some(due) = weather.passes() else { continue };
-            let back = backs.entry(sender).or_insert_with(|| {
-                let back = Arc::new(socket().expect("loopback has ports"));
-                let (there, front) = (deliver(Arc::clone(&back), target), Arc::clone(&front));
+            let Some(due) = weather.passes(there) else { continue };
+            let onward = backs.entry(sender).or_insert_with(|| {
+                let socket = Arc::new(socket().expect("loopback has ports"));
+                let (onward, front) = (deliver(Arc::clone(&socket), target), Arc::clone(&front));
                 let weather = Arc::clone(&weather);
-                std::thread::spawn(move || return_answers(&back, deliver(front, sender), &weather));
-                there
+                std::thread::spawn(move || return_answers(&socket, deliver(front, sender), &weather, back));
+                onward
             });
-            let _ = back.send((due, buffer[..n_bytes].to_vec()));
+            let _ = onward.send((due, buffer[..n_bytes].to_vec()));
         }
     });
     Ok(address)
@@ -131,11 +143,11 @@ fn socket() -> io::Result<UdpSocket> {
     Ok(socket)
 }
 
-fn return_answers(back: &UdpSocket, home: mpsc::Sender<(Instant, Vec<u8>)>, weather: &Weather) {
+fn return_answers(socket: &UdpSocket, home: mpsc::Sender<(Instant, Vec<u8>)>, weather: &Weather, way: usize) {
     let mut buffer = vec![0; PACKET_BYTES];
     while !weather.is_over() {
-        let Ok((n_bytes, _)) = back.recv_from(&mut buffer) else { continue };
-        if let Some(due) = weather.passes() {
+        let Ok((n_bytes, _)) = socket.recv_from(&mut buffer) else { continue };
+        if let Some(due) = weather.passes(way) {
             let _ = home.send((due, buffer[..n_bytes].to_vec()));
         }
     }

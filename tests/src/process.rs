@@ -79,6 +79,8 @@ pub struct NodeProcess {
     /// Where `cluster.toml` is.
     folder: PathBuf,
     place: NodePlace,
+    /// What is started, and what `tenantry ctl` is.
+    program: PathBuf,
     agent: ureq::Agent,
 }
 
@@ -97,6 +99,8 @@ pub struct NodePlace {
     pub quic: Option<SocketAddr>,
     /// Further lines of its table.
     pub lines: String,
+    /// The network namespace it runs in; `None` is that of the tests.
+    pub namespace: Option<String>,
 }
 
 /// An HTTP answer.
@@ -167,8 +171,15 @@ fn free_address() -> SocketAddr {
 impl NodePlace {
     /// A node alone, on free ports.
     pub fn alone() -> Self {
-        let lines = String::new();
-        Self { name: "a".to_owned(), http: free_address(), admin: free_address(), peer: None, quic: None, lines }
+        Self {
+            name: "a".to_owned(),
+            http: free_address(),
+            admin: free_address(),
+            peer: None,
+            quic: None,
+            lines: String::new(),
+            namespace: None,
+        }
     }
 
     /// Nodes `a`, `b`, `c` … of one cluster, on free ports.
@@ -232,13 +243,14 @@ impl NodeProcess {
 
     /// Starts a node of the cluster file in `folder`; it may not be ready yet.
     pub fn launch(folder: &Path, place: NodePlace) -> Self {
-        let child = spawn(folder, &place.name);
+        let program = binary();
+        let child = spawn(&program, folder, &place);
         let agent = ureq::Agent::config_builder()
             .http_status_as_error(false)
             .timeout_global(Some(Duration::from_secs(120)))
             .build()
             .into();
-        Self { child, folder: folder.to_owned(), place, agent }
+        Self { child, folder: folder.to_owned(), place, program, agent }
     }
 
     /// Waits until the node says that it is ready.
@@ -343,7 +355,7 @@ impl NodeProcess {
 
     /// A new process on the same data; the old one has ended.
     pub fn restart(&mut self) {
-        self.child = spawn(&self.folder, &self.place.name);
+        self.child = spawn(&self.program, &self.folder, &self.place);
     }
 
     /// Sends a signal by name, such as `TERM`.
@@ -366,7 +378,7 @@ impl NodeProcess {
 
     /// Runs `tenantry ctl` and returns everything.
     pub fn ctl_output(&self, words: &[&str]) -> Output {
-        let mut command = Command::new(binary());
+        let mut command = Command::new(&self.program);
         command.arg("ctl").arg("--config").arg(self.folder.join("cluster.toml"));
         command.args(["--node", &self.place.name]).args(words);
         command.output().expect("tenantry ctl runs")
@@ -510,10 +522,20 @@ fn log_file(folder: &Path, name: &str) -> PathBuf {
     folder.join(format!("node-{name}.log"))
 }
 
-fn spawn(folder: &Path, name: &str) -> Child {
+fn spawn(program: &Path, folder: &Path, place: &NodePlace) -> Child {
+    let name = &place.name;
     let log = std::fs::OpenOptions::new().create(true).append(true).open(log_file(folder, name)).expect("a log file");
     let own = folder.join(format!("cluster-{name}.toml"));
-    Command::new(binary())
+    let mut command = match &place.namespace {
+        // It becomes the program: signals reach it.
+        Some(namespace) => {
+            let mut command = Command::new("ip");
+            command.args(["netns", "exec", namespace]).arg(program);
+            command
+        }
+        None => Command::new(program),
+    };
+    command
         .args(["node", "--name", name, "--config"])
         .arg(if own.exists() { own } else { folder.join("cluster.toml") })
         .stdout(Stdio::null())

@@ -37,8 +37,7 @@ pub(super) fn run(n_streams: usize, n_tokens: u64) -> bool {
     let bodies = (0..n_streams).map(|n| bench.body(n)).collect();
     let (keys, expected) = (bench.keys.clone(), bench.expected.clone());
     let load = Load { keys: &keys, bodies, expected: &expected, adapter };
-    let n_before = expected.iter().map(|ids| ids.len() as u64).sum();
-    let lines = fill_under_load(&mut bench.cluster, &disk, FULL, &load, n_before);
+    let lines = fill_under_load(&mut bench.cluster, &disk, FULL, &load);
     lines.iter().for_each(|line| println!("{} {}", if line.holds { "held  " } else { "BROKEN" }, line.what));
     lines.iter().all(|line| line.holds)
 }

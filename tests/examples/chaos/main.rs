@@ -5,17 +5,19 @@
 //! program; `scripts/chaos/nodes` says which modes there are. Every stream is compared with what the same request got
 //! undisturbed. `PROMPT` in the environment is the length of prompts in tokens.
 
+mod clients;
 mod disk;
 mod long;
 
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use shared::clock::{Clock, SystemClock};
+use tests::bills::{self, Tokens};
 use tests::cluster::{Cluster, Streamed, Streaming};
+use tests::namespaces::{Namespaces, PLAIN_HTTP, again_with_namespaces};
 use tests::network::Network;
 use tests::operator::{self, GENEROUS};
 use tests::process::{NodeSpec, scratch};
@@ -29,8 +31,16 @@ const CLIENTS: usize = 8;
 /// Tokens of made-up prompts: plain words of the vocabulary of 49,152, no control tokens.
 const FIRST_WORD: usize = 1000;
 const N_WORDS: usize = 40_000;
+/// How long a node that is asked to leave goes on with its clients, in seconds.
+const DRAIN_S: u32 = 6;
 /// Between two restarts.
 const BETWEEN: Duration = Duration::from_secs(2);
+/// Keepers bill what a dead node delivered a minute after its last word, and a little.
+const BILLED_AFTER: Duration = Duration::from_secs(75);
+/// Tokens that may be on their way to a client when its node dies.
+const UNDER_WAY: u64 = 16;
+/// Set when nodes are to be in network namespaces, instead of having relays between them.
+const NAMESPACES: &str = "NAMESPACES";
 
 /// What is done to a node in mid-stream.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -47,6 +57,8 @@ enum Disturbance {
     Library,
     /// The node of the clients and one that computes do not reach each other.
     Partition,
+    /// One of the two reaches the other and is not reached by it; which one alternates between rounds.
+    OneWay,
     /// 5 % of all packets between nodes are lost, the rest is late by 5 ms.
     Loss,
 }
@@ -61,12 +73,20 @@ struct Plan {
 /// The cluster, its tenants' keys, what each should get.
 struct Bench {
     cluster: Cluster,
-    network: Network,
+    wires: Wires,
     keys: Vec<String>,
+    /// What clients of this cluster got.
+    got: Tokens,
     expected: Vec<Vec<u32>>,
     n_tokens: u64,
     /// Tokens of a prompt, when they are counted.
     prompt: Option<usize>,
+}
+
+/// What lies between nodes.
+enum Wires {
+    Relays(Network),
+    Namespaces(Namespaces),
 }
 
 /// Numbers that look random and are the same for a seed (splitmix64).
@@ -74,6 +94,12 @@ struct Dice(u64);
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
+    if std::env::var_os(NAMESPACES).is_some() {
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        if let Some(status) = again_with_namespaces(&words) {
+            return ExitCode::from(u8::from(!status.success()));
+        }
+    }
     let number = |at: usize, default: usize| words.get(at).and_then(|word| word.parse().ok()).unwrap_or(default);
     let plan = |disturbance| Plan {
         disturbance,
@@ -88,6 +114,7 @@ fn main() -> ExitCode {
         Some("entry") => rounds(&plan(Disturbance::Entry)),
         Some("library") => rounds(&plan(Disturbance::Library)),
         Some("partition") => rounds(&plan(Disturbance::Partition)),
+        Some("oneway") => rounds(&plan(Disturbance::OneWay)),
         Some("loss") => rounds(&plan(Disturbance::Loss)),
         Some("rolling") => rolling(number(1, 2)),
         Some("disk") => disk::run(number(1, 32), number(2, 64) as u64),
@@ -98,7 +125,7 @@ fn main() -> ExitCode {
         }
         _ => {
             eprintln!(
-                "usage: chaos kill|freeze|leave|entry|library|partition|loss [rounds] [streams] [tokens]
+                "usage: chaos kill|freeze|leave|entry|library|partition|oneway|loss [rounds] [streams] [tokens]
        chaos rolling [rounds] | disk [streams] [tokens] | long [minutes] [seed]"
             );
             return ExitCode::from(2);
@@ -136,39 +163,20 @@ fn percentiles(pauses: &mut [Duration]) -> (u128, u128) {
 /// Every node in turn gets SIGTERM and comes back, under clients of the library that never stop asking.
 fn rolling(n_rounds: usize) -> bool {
     let mut bench = Bench::start(CLIENTS, 64, None);
-    let (stop, n_asked, n_wrong) = (AtomicBool::new(false), AtomicUsize::new(0), AtomicUsize::new(0));
-    let configs: Vec<_> = (0..CLIENTS).map(|n| bench.cluster.library(n, &bench.keys[n])).collect();
-    std::thread::scope(|scope| {
-        for (n, config) in configs.iter().enumerate() {
-            let (body, expected) = (bench.body(n), &bench.expected[n]);
-            let (stop, n_asked, n_wrong) = (&stop, &n_asked, &n_wrong);
-            scope.spawn(move || {
-                while !stop.load(Ordering::Relaxed) {
-                    let streamed = Streaming::by_library(config.clone(), &body).join();
-                    n_asked.fetch_add(1, Ordering::Relaxed);
-                    if streamed.error.is_some() || streamed.finish.is_none() || streamed.ids != *expected {
-                        n_wrong.fetch_add(1, Ordering::Relaxed);
-                        println!("  client {n}: {:?}, {} tokens", streamed.error, streamed.ids.len());
-                    }
-                }
-            });
-        }
-        for _ in 0..n_rounds {
-            for node in &mut bench.cluster.nodes {
-                std::thread::sleep(BETWEEN);
-                node.signal("TERM");
-                let status = node.wait();
-                println!("node {} ended with {status}", node.name());
-                node.restart();
-                node.wait_ready();
-            }
+    let seen = clients::under_clients(&mut bench, CLIENTS, |cluster, _| {
+        for turn in 0..n_rounds * cluster.nodes.len() {
+            std::thread::sleep(BETWEEN);
+            let node = &mut cluster.nodes[turn % 3];
+            node.signal("TERM");
+            let status = node.wait();
+            println!("node {} ended with {status}", node.name());
+            node.restart();
+            node.wait_ready();
         }
         std::thread::sleep(BETWEEN);
-        stop.store(true, Ordering::Relaxed);
     });
-    let (n_asked, n_wrong) = (n_asked.into_inner(), n_wrong.into_inner());
-    println!("{n_rounds} rounds of three restarts: {n_asked} requests, {n_wrong} failed or differed");
-    n_wrong == 0
+    println!("{n_rounds} rounds of three restarts");
+    seen.say() & bench.bills(0)
 }
 
 /// What tenant `n` asks: a question of about 16 tokens, or so many tokens of any kind.
@@ -196,6 +204,41 @@ impl Dice {
     }
 }
 
+// === impl Wires ===
+
+impl Wires {
+    /// Three nodes and what lies between them.
+    fn start(folder: &Path, tables: &str) -> (Cluster, Self) {
+        let spec = NodeSpec::real();
+        if std::env::var_os(NAMESPACES).is_none() {
+            let (cluster, network) = Cluster::start_apart(folder, &spec.with(GENEROUS).with(tables), 3);
+            return (cluster, Self::Relays(network));
+        }
+        let namespaces = Namespaces::new(3).expect("network namespaces; hint: run as root, or allow user namespaces");
+        let cluster = Cluster::start_in(&namespaces, folder, &spec.with(PLAIN_HTTP).with(GENEROUS).with(tables), 3);
+        (cluster, Self::Namespaces(namespaces))
+    }
+
+    fn cut(&self, one: usize, other: usize, is_cut: bool) {
+        self.cut_one_way(one, other, is_cut);
+        self.cut_one_way(other, one, is_cut);
+    }
+
+    fn cut_one_way(&self, from: usize, to: usize, is_cut: bool) {
+        match self {
+            Self::Relays(network) => network.cut_one_way(from, to, is_cut),
+            Self::Namespaces(namespaces) => namespaces.cut_one_way(from, to, is_cut),
+        }
+    }
+
+    fn make_bad(&self, lost: f64, delay: Duration) {
+        match self {
+            Self::Relays(network) => network.make_bad(lost, delay),
+            Self::Namespaces(_) => eprintln!("packets are lost by relays only; hint: unset {NAMESPACES}"),
+        }
+    }
+}
+
 // === impl Bench ===
 
 impl Bench {
@@ -204,18 +247,47 @@ impl Bench {
     }
 
     fn start_in(folder: &Path, n_streams: usize, n_tokens: u64, expected: Option<Vec<Vec<u32>>>) -> Self {
-        let tables = "[engine]\nthreads = 1\nkv_mib = 256\n\n[cluster]\ndrain_s = 6";
-        let spec = NodeSpec::real().with(GENEROUS).with(tables);
-        let (cluster, network) = Cluster::start_apart(folder, &spec, 3);
+        Self::start_with(folder, DRAIN_S, n_streams, n_tokens, expected)
+    }
+
+    fn start_with(
+        folder: &Path,
+        drain_s: u32,
+        n_streams: usize,
+        n_tokens: u64,
+        expected: Option<Vec<Vec<u32>>>,
+    ) -> Self {
+        let tables = format!("[engine]\nthreads = 1\nkv_mib = 256\n\n[cluster]\ndrain_s = {drain_s}");
+        let (cluster, wires) = Wires::start(folder, &tables);
         let tenant =
             |n: usize| operator::tenant(&cluster.nodes[0], &format!("tenant{n}"), &json!({"allow_base": true}));
         let keys: Vec<String> = (0..n_streams).map(tenant).collect();
         let prompt = std::env::var("PROMPT").ok().and_then(|n| n.parse().ok());
-        let mut bench = Self { cluster, network, keys, expected: Vec::new(), n_tokens, prompt };
+        let mut bench = Self { cluster, wires, keys, got: Tokens::new(), expected: Vec::new(), n_tokens, prompt };
         bench.wait_for_tenants();
-        let undisturbed = || bench.streams(0).into_iter().map(|stream| stream.join().ids).collect();
-        bench.expected = expected.unwrap_or_else(undisturbed);
+        bench.expected = expected.unwrap_or_else(|| {
+            let streamed: Vec<Streamed> = bench.streams(0).into_iter().map(Streaming::join).collect();
+            streamed.iter().enumerate().for_each(|(n, one)| bench.count(n, one.ids.len() as u64));
+            streamed.into_iter().map(|one| one.ids).collect()
+        });
         bench
+    }
+
+    /// Tenant `n` got tokens.
+    fn count(&mut self, n: usize, n_tokens: u64) {
+        *self.got.entry(format!("tenant{n}")).or_default() += n_tokens;
+    }
+
+    /// Prints what the nodes' journals say next to what clients got; true when nothing is unbilled and nothing billed
+    /// twice, but for so many tokens that nobody can know of.
+    fn bills(&self, excused: u64) -> bool {
+        let bill = bills::settle(&self.cluster.nodes, &self.got, BILLED_AFTER);
+        println!("unbilled: {} of {} tokens that clients got", bill.unbilled, bill.got);
+        println!("billed beyond what clients got: {} tokens", bill.beyond);
+        if excused > 0 {
+            println!("  up to {excused} of either were under way to clients whose connection broke");
+        }
+        bill.unbilled <= excused && bill.beyond <= excused
     }
 
     fn wait_for_tenants(&self) {
@@ -255,11 +327,12 @@ impl Bench {
             std::thread::sleep(Duration::from_millis(1));
         }
         let n_there = self.n_running(victim);
-        self.disturb(plan.disturbance, victim);
+        self.disturb(plan.disturbance, round, victim);
         let mut streamed: Vec<Streamed> = streams.into_iter().map(Streaming::join).collect();
-        if plan.disturbance == Disturbance::Entry {
-            self.go_on_elsewhere(&mut streamed);
-        }
+        let n_anew = match plan.disturbance {
+            Disturbance::Entry => self.go_on_elsewhere(&mut streamed),
+            _ => 0,
+        };
         self.mend(plan.disturbance, victim);
         let n_failed = streamed.iter().filter(|one| one.error.is_some() || one.finish.is_none()).count();
         let n_equal = streamed.iter().zip(&self.expected).filter(|(one, expected)| one.ids == **expected).count();
@@ -273,11 +346,13 @@ impl Bench {
         for one in streamed.iter().filter_map(|one| one.error.as_ref()).take(3) {
             println!("  {one}");
         }
-        n_failed == 0 && n_equal == n
+        streamed.iter().enumerate().for_each(|(n, one)| self.count(n, one.ids.len() as u64));
+        self.bills(n_anew * UNDER_WAY) & (n_failed == 0 && n_equal == n)
     }
 
     /// What clients do whose connection broke: they ask the first node for what follows the last event they saw.
-    fn go_on_elsewhere(&self, streamed: &mut [Streamed]) {
+    /// Returns how many had seen none.
+    fn go_on_elsewhere(&self, streamed: &mut [Streamed]) -> u64 {
         let broken = streamed.iter_mut().zip(&self.keys).enumerate().filter(|(_, (one, _))| one.finish.is_none());
         let rest: Vec<(&mut Streamed, Streaming)> = broken
             .map(|(n, (one, key))| {
@@ -287,6 +362,7 @@ impl Bench {
             })
             .collect();
         println!("  {} of {} streams were cut", rest.len(), self.keys.len());
+        let n_anew = rest.iter().filter(|(one, _)| one.last_event.is_none()).count() as u64;
         for (one, rest) in rest {
             let rest = rest.join();
             one.gaps.push(rest.first);
@@ -294,6 +370,7 @@ impl Bench {
             one.ids.extend(rest.ids);
             (one.finish, one.error) = (rest.finish, rest.error);
         }
+        n_anew
     }
 
     /// Requests at a node, as the first one heard it last.
@@ -303,11 +380,13 @@ impl Bench {
         status["running"].as_u64().unwrap_or(0) + status["waiting"].as_u64().unwrap_or(0)
     }
 
-    fn disturb(&mut self, disturbance: Disturbance, victim: usize) {
+    fn disturb(&mut self, disturbance: Disturbance, round: usize, victim: usize) {
         match disturbance {
             Disturbance::Kill | Disturbance::Entry | Disturbance::Library => self.cluster.nodes[victim].kill(),
-            Disturbance::Partition => self.network.cut(0, victim, true),
-            Disturbance::Loss => self.network.make_bad(0.05, Duration::from_millis(5)),
+            Disturbance::Partition => self.wires.cut(0, victim, true),
+            Disturbance::OneWay if round.is_multiple_of(2) => self.wires.cut_one_way(0, victim, true),
+            Disturbance::OneWay => self.wires.cut_one_way(victim, 0, true),
+            Disturbance::Loss => self.wires.make_bad(0.05, Duration::from_millis(5)),
             Disturbance::Freeze => self.cluster.nodes[victim].signal("STOP"),
             Disturbance::Leave => self.cluster.nodes[victim].signal("TERM"),
         }
@@ -317,8 +396,10 @@ impl Bench {
         let node = &mut self.cluster.nodes[victim];
         match disturbance {
             Disturbance::Kill | Disturbance::Entry | Disturbance::Library => node.restart(),
-            Disturbance::Partition => self.network.cut(0, victim, false),
-            Disturbance::Loss => self.network.make_bad(0.0, Duration::ZERO),
+            Disturbance::Partition => self.wires.cut(0, victim, false),
+            // The cluster ends with its round.
+            Disturbance::OneWay => {}
+            Disturbance::Loss => self.wires.make_bad(0.0, Duration::ZERO),
             Disturbance::Freeze => {
                 std::thread::sleep(FROZEN);
                 node.signal("CONT");

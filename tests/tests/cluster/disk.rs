@@ -27,10 +27,9 @@ fn a_full_disk_costs_refusals_and_nothing_that_was_acknowledged() {
     let spec = NodeSpec::tiny(&folder).with(GENEROUS).with("[cluster]\ndrain_s = 0");
     let mut fleet = Fleet::of(Cluster::start(&folder, &spec, 3));
     let (keys, expected) = (fleet.keys.clone(), fleet.expected.clone());
-    let n_before = expected.iter().map(|ids| ids.len() as u64).sum();
     let bodies = (0..keys.len()).map(Fleet::body).collect();
     let load = Load { keys: &keys, bodies, expected: &expected, adapter: tiny::adapter(7, 4, &Linear::ALL) };
-    let lines = fill_under_load(&mut fleet.cluster, &disk, 1, &load, n_before);
+    let lines = fill_under_load(&mut fleet.cluster, &disk, 1, &load);
     let broken: Vec<_> = lines.iter().filter(|line| !line.holds).collect();
     assert!(broken.is_empty(), "{broken:#?}\nof {lines:#?}\n{}", fleet.cluster.logs());
 }
