@@ -358,6 +358,11 @@ impl NodeProcess {
         self.child = spawn(&self.program, &self.folder, &self.place);
     }
 
+    /// Another program is started next time, such as an older one.
+    pub fn run_next(&mut self, program: &Path) {
+        program.clone_into(&mut self.program);
+    }
+
     /// Sends a signal by name, such as `TERM`.
     pub fn signal(&self, name: &str) {
         let status =

@@ -8,6 +8,7 @@
 mod clients;
 mod disk;
 mod long;
+mod upgrade;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -123,10 +124,11 @@ fn main() -> ExitCode {
             let seed = number(2, 1) as u64;
             long::run(minutes, seed)
         }
+        Some("upgrade") => upgrade::run(number(1, 16), number(2, 64) as u64),
         _ => {
             eprintln!(
                 "usage: chaos kill|freeze|leave|entry|library|partition|oneway|loss [rounds] [streams] [tokens]
-       chaos rolling [rounds] | disk [streams] [tokens] | long [minutes] [seed]"
+       chaos rolling [rounds] | disk [streams] [tokens] | long [minutes] [seed] | upgrade [streams] [tokens]"
             );
             return ExitCode::from(2);
         }
