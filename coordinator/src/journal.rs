@@ -40,7 +40,7 @@ pub fn keeper(table: &RoutingTable, id: RequestId) -> Option<NodeId> {
 }
 
 /// Which nodes may have a request's record, the likeliest first; this one may be among them. All are asked at once and
-/// the record that is furthest counts ([`records::furthest`]).
+/// the record that is furthest counts ([`records::Found`]).
 pub fn whom_to_ask(table: &RoutingTable, id: RequestId) -> Vec<NodeId> {
     let gone = |health| matches!(health, Health::Dead | Health::Absent);
     let members = table.members().iter().filter(|(_, member)| !gone(member.health));

@@ -12,7 +12,7 @@ use anyhow::Context;
 use coordinator::actor::{Coordinator, CoordinatorOptions, Heart};
 use coordinator::forward::{Carrier, Forwarder, Journey, Lost, Run};
 use coordinator::journal::idempotency::Stance;
-use coordinator::journal::records::{Records, furthest};
+use coordinator::journal::records::{Found, Records};
 use coordinator::journal::whom_to_ask;
 use coordinator::membership::detector::Health;
 use coordinator::membership::{Member, MemberSpec, Own};
@@ -356,18 +356,19 @@ impl ClusterNode {
 
     /// A copy of the record of a request, from whoever keeps it. Nothing changes for its entry node before this one goes
     /// on with the request.
-    pub async fn take_record(&self, id: RequestId) -> Option<JournalRecord> {
+    pub async fn take_record(&self, id: RequestId) -> Found {
         let table = self.coordinator.tables().borrow().clone();
         let (here, others): (Vec<_>, Vec<_>) = whom_to_ask(&table, id).into_iter().partition(|node| node == table.me());
         let ask = |node: NodeId| async move {
             match self.net.call(&node, &Request::JournalTake { id }, TAKE_WITHIN).await {
-                Ok(Response::Journal(record)) => record.map(|record| *record),
-                Ok(_) | Err(_) => None,
+                Ok(Response::Journal(record)) => Ok(record.map(|record| *record)),
+                Ok(_) => Err(Lost("it answers something else".to_owned())),
+                Err(error) => Err(lost(error)),
             }
         };
         let there = futures_util::future::join_all(others.into_iter().map(ask)).await;
-        let here = here.first().and_then(|_| self.hand_out(id));
-        furthest(there.into_iter().flatten().chain(here))
+        let here = here.first().map(|_| Ok(self.hand_out(id)));
+        there.into_iter().chain(here).collect()
     }
 }
 

@@ -59,9 +59,24 @@ pub fn understood(error: &RequestError) -> Kept {
     }
 }
 
-/// Of several nodes' records of one request, the one that counts.
-pub fn furthest(records: impl IntoIterator<Item = JournalRecord>) -> Option<JournalRecord> {
-    records.into_iter().max_by_key(|record| (record.attempt, record.emitted.n_tokens()))
+/// What came of asking the nodes that may keep a request's record.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// Of their records the one that counts: the furthest.
+    pub record: Option<JournalRecord>,
+    /// One of them did not answer. It may be the keeper: what nobody else knows is not forgotten yet.
+    pub is_one_silent: bool,
+}
+
+impl<E> FromIterator<Result<Option<JournalRecord>, E>> for Found {
+    /// Of each node's answer; an error is none.
+    fn from_iter<I: IntoIterator<Item = Result<Option<JournalRecord>, E>>>(answers: I) -> Self {
+        let mut is_one_silent = false;
+        let heard = answers.into_iter().map(|answer| answer.inspect_err(|_| is_one_silent = true));
+        let records = heard.filter_map(|answer| answer.ok().flatten());
+        let record = records.max_by_key(|record| (record.attempt, record.emitted.n_tokens()));
+        Self { record, is_one_silent }
+    }
 }
 
 // === impl Records ===

@@ -11,7 +11,7 @@ use shared::tenant::Tier;
 use wire::node::{JournalDelta, JournalRecord};
 
 use super::idempotency::{Claims, RequestIds, Ruling, Stance, ruling, same};
-use super::records::{GAP, KEPT_FOR, Records, TAKEN, furthest, understood};
+use super::records::{Found, GAP, KEPT_FOR, Records, TAKEN, understood};
 use super::trail::{BEHIND, BEHIND_TOKENS, Kept, Put, Trail};
 use super::*;
 use crate::membership::{ClusterView, Member, SHARE_PARTS};
@@ -352,8 +352,22 @@ mod keeping {
     #[test]
     fn of_two_records_the_one_that_is_further_counts() {
         let start = now();
-        let found = furthest([record(start, 1, 9), record(start, 17, 4), record(start, 17, 6), record(start, 2, 20)]);
-        assert_eq!(found.map(|record| (record.attempt, record.emitted.n_tokens())), Some((17, 6)));
+        let records = [(1, 9), (17, 4), (17, 6), (2, 20)].map(|(attempt, n)| Some(record(start, attempt, n)));
+        let Found { record, is_one_silent } = records.into_iter().map(Ok::<_, ()>).collect();
+        assert_eq!(record.map(|record| (record.attempt, record.emitted.n_tokens())), Some((17, 6)));
+        assert!(!is_one_silent);
+    }
+
+    /// A keeper that answered late counted as if nobody remembered the request (simulator, one trouble at a time, seed
+    /// 1745).
+    #[test]
+    fn what_a_silent_node_may_keep_is_not_forgotten() {
+        let nobody: Found = [Ok::<_, ()>(None), Ok(None)].into_iter().collect();
+        assert!(nobody.record.is_none() && !nobody.is_one_silent);
+        let unsure: Found = [Ok(None), Err(())].into_iter().collect();
+        assert!(unsure.record.is_none() && unsure.is_one_silent);
+        let found: Found = [Err(()), Ok(Some(record(now(), 1, 4)))].into_iter().collect();
+        assert!(found.record.is_some());
     }
 }
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 use ::wire::client::Have;
 use ::wire::node::JournalRecord;
 use coordinator::auth::{AuthError, AuthedTenant, Scope};
+use coordinator::journal::records::Found;
 use serde::{Deserialize, Serialize};
 use shared::error::{ErrorKind, RequestError};
 use shared::id::RequestId;
@@ -20,7 +21,7 @@ use tokio::sync::mpsc;
 
 use super::serve::{EVENTS_WAITING_MAX, Serving};
 use super::{App, running};
-use crate::gateway::backend::{CancelOnDrop, EventTap, Events, Resumed};
+use crate::gateway::backend::{CancelOnDrop, EventTap, Events, RECORD_SILENT, Resumed};
 use crate::metering::Tap;
 use crate::metrics;
 
@@ -68,9 +69,10 @@ impl App {
         who.require(Scope::Infer)?;
         let contract = self.registry.snapshot().contract(who).ok_or(AuthError::Invalid)?;
         let cluster = self.cluster.as_ref().ok_or_else(stream_gone)?;
-        let record = cluster.take_record(request).await;
+        let Found { record, is_one_silent } = cluster.take_record(request).await;
         // Somebody else's is as unknown as none.
-        let record = record.filter(|record| record.envelope.route.tenant == contract.tenant).ok_or_else(stream_gone)?;
+        let own = record.filter(|record| record.envelope.route.tenant == contract.tenant);
+        let record = own.ok_or_else(if is_one_silent { record_silent } else { stream_gone })?;
         self.check_open()?;
         let kept = Kept::read(&record)?;
         let room = Arc::clone(self.room(&record.envelope.base)?);
@@ -124,6 +126,11 @@ impl App {
 fn stream_gone() -> RequestError {
     let message = "nobody remembers this request; hint: it may have ended more than a minute ago, send it again";
     RequestError::new(ErrorKind::NotFound, "stream_gone", message)
+}
+
+fn record_silent() -> RequestError {
+    let message = "a node that may remember this request does not answer; hint: come back in a moment";
+    RequestError::new(ErrorKind::Unavailable, RECORD_SILENT, message).retry_after(Duration::from_secs(1))
 }
 
 /// What is left to do of a request.

@@ -62,7 +62,8 @@ pub trait Backend: Send + Sync + 'static {
     /// client has seen; the others come as if nothing had happened.
     ///
     /// # Errors
-    /// 404 `stream_gone` when nobody remembers it, the same for a request of somebody else.
+    /// 404 `stream_gone` when nobody remembers it, the same for a request of somebody else; 503 [`RECORD_SILENT`] while
+    /// a node that may remember it does not answer.
     fn resume(
         &self,
         who: &Self::Who,
@@ -76,6 +77,10 @@ pub trait Backend: Send + Sync + 'static {
     /// The reader of time.
     fn clock(&self) -> &dyn Clock;
 }
+
+/// Code of the refusal to go on with a request that nobody else may have forgotten: a node that may keep its record
+/// does not answer. That node answers soon or counts as dead soon.
+pub const RECORD_SILENT: &str = "record_silent";
 
 /// The refusal of a model that does not exist or is not the caller's: the same bytes for both.
 pub fn model_not_found(model: &str) -> RequestError {

@@ -11,7 +11,7 @@ use shared::error::{ErrorKind, RequestError};
 use shared::id::RequestId;
 
 use super::answer::{Kind, Shape};
-use super::backend::{Backend, Prepared, Refused, Running};
+use super::backend::{Backend, Prepared, RECORD_SILENT, Refused, Running};
 use super::flow::Flow;
 use super::request::chat::ChatRequest;
 use super::request::completion::{CompletionRequest, Prompt};
@@ -100,7 +100,8 @@ impl Generate {
                     }
                     return Ok(Started::resumed(one.id, resumed.running, before, Vec::new()));
                 }
-                Err(error) if error.kind == ErrorKind::NotFound => {}
+                // Begun twice it has the same tokens and is billed once.
+                Err(error) if error.kind == ErrorKind::NotFound || error.code == RECORD_SILENT => {}
                 Err(error) => return Err(error.into()),
             }
         }
@@ -131,7 +132,7 @@ impl Started {
     /// Goes on with an answer of which the client has a part.
     ///
     /// # Errors
-    /// 404 when no node remembers it for this caller.
+    /// 404 when no node remembers it for this caller, 503 while one that may does not answer.
     pub async fn resume<B: Backend>(
         backend: &B,
         who: &B::Who,

@@ -10,7 +10,7 @@ use std::time::Duration;
 use coordinator::actor::Coordinator;
 use coordinator::forward::{Forwarder, Journey};
 use coordinator::journal::idempotency::{RequestIds, same};
-use coordinator::journal::records::{Records, furthest};
+use coordinator::journal::records::{Found, Records};
 use coordinator::journal::whom_to_ask;
 use coordinator::registry::Registry;
 use coordinator::route::Place;
@@ -154,7 +154,7 @@ impl Door {
                 let envelope = Envelope { contract_epoch, ..planned.envelope(id, now()) };
                 let have = vec![Have::default(); planned.n as usize];
                 let place = Place::anywhere(base());
-                let journey = match self.find(id).await {
+                let journey = match self.find(id).await.record {
                     Some(record) => {
                         same(&record.envelope, &envelope).map_err(|error| (422, error.code))?;
                         resumed(record)
@@ -164,27 +164,29 @@ impl Door {
                 Ok(Visit { journey, have })
             }
             Ask::Resume { request, have, .. } => {
-                let record = self.find(RequestId(request)).await.ok_or((404, "unknown"))?;
-                Ok(Visit { journey: resumed(record), have })
+                let Found { record, is_one_silent } = self.find(RequestId(request)).await;
+                let unknown = if is_one_silent { (503, "record_silent") } else { (404, "unknown") };
+                Ok(Visit { journey: resumed(record.ok_or(unknown)?), have })
             }
         }
     }
 
     /// Takes a request's record from whoever has it.
-    async fn find(&self, id: RequestId) -> Option<JournalRecord> {
+    async fn find(&self, id: RequestId) -> Found {
         let nodes = whom_to_ask(&self.coordinator.tables().borrow(), id);
         let me = self.coordinator.tables().borrow().me().clone();
         let mut asked = tokio::task::JoinSet::new();
-        let mut found: Vec<JournalRecord> = self.records.borrow_mut().take(now(), id).into_iter().collect();
+        let mut answers = vec![Ok(self.records.borrow_mut().take(now(), id))];
         for node in nodes.into_iter().filter(|node| *node != me) {
             asked.spawn(async move { timeout(FIND_WITHIN, call(&node, Request::JournalTake { id })).await });
         }
         while let Some(answer) = asked.join_next().await {
-            if let Ok(Ok(Ok(Response::Journal(Some(record))))) = answer {
-                found.push(*record);
-            }
+            answers.push(match answer {
+                Ok(Ok(Ok(Response::Journal(record)))) => Ok(record.map(|record| *record)),
+                _ => Err(()),
+            });
         }
-        furthest(found)
+        answers.into_iter().collect()
     }
 
     async fn answer(&self, visit: Visit, write: &mut OwnedWriteHalf) {

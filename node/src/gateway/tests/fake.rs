@@ -15,8 +15,8 @@ use shared::token::{FinishReason, PositionLogprobs, TokenEvent, TokenLogprob};
 use tokio::sync::mpsc;
 
 use crate::gateway::backend::{
-    Backend, CancelOnDrop, Check, Input, ModelCard, Piece, Prepared, RateState, Refused, Resumed, Running, Served,
-    TokenText, model_not_found,
+    Backend, CancelOnDrop, Check, Input, ModelCard, Piece, Prepared, RECORD_SILENT, RateState, Refused, Resumed,
+    Running, Served, TokenText, model_not_found,
 };
 
 /// What happens to a request.
@@ -66,6 +66,8 @@ pub(super) struct Fake {
     pub(super) fell_back: bool,
     /// Remembers requests, as the nodes of a cluster do.
     pub(super) keeps: bool,
+    /// A node that may remember a request does not answer.
+    pub(super) one_is_silent: bool,
     /// Requests that are being answered.
     pub(super) claimed: Arc<Mutex<BTreeSet<RequestId>>>,
     pub(super) clock: SystemClock,
@@ -81,6 +83,7 @@ impl Fake {
             impersonations: AtomicUsize::new(0),
             fell_back: false,
             keeps: false,
+            one_is_silent: false,
             claimed: Arc::default(),
             clock: SystemClock,
         }
@@ -240,7 +243,10 @@ impl Backend for Fake {
         let known =
             |seen: &&Prepared| seen.id == id && seen.answering.is_some() && self.keeps && who.as_str() == "acme";
         let record = self.seen.lock().iter().find(known).cloned();
-        let gone = || RequestError::new(ErrorKind::NotFound, "stream_gone", "nobody remembers it");
+        let gone = || match self.one_is_silent {
+            true => RequestError::new(ErrorKind::Unavailable, RECORD_SILENT, "somebody may remember it"),
+            false => RequestError::new(ErrorKind::NotFound, "stream_gone", "nobody remembers it"),
+        };
         let record = record.ok_or_else(gone)?;
         let answering = record.answering.clone().expect("looked at above");
         let running = self.submit(who, record).await.map_err(|refused| refused.error)?;

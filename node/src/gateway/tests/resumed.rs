@@ -93,6 +93,19 @@ async fn nobody_goes_on_with_what_is_not_known_or_not_theirs() {
     assert_eq!(call(&fake, going_on(CHAT, &body, "yesterday")).await.status, StatusCode::BAD_REQUEST);
 }
 
+#[tokio::test]
+async fn what_a_silent_node_may_remember_is_asked_for_again_later_and_begun_at_once() {
+    let fake = Arc::new(Fake { one_is_silent: true, ..Arc::into_inner(fake()).expect("nobody else has it") });
+    let body = chat(json!({"stream": true}));
+    let resumed = call(&fake, going_on(CHAT, &body, &format!("{}/1", "7".repeat(32)))).await;
+    assert_eq!(resumed.status, StatusCode::SERVICE_UNAVAILABLE, "{}", resumed.body);
+    assert_eq!(
+        call(&fake, with_key(&body)).await.status,
+        StatusCode::OK,
+        "a new request does not wait for a dead node"
+    );
+}
+
 fn with_key(body: &Value) -> Request<Body> {
     let mut request = request(Method::POST, CHAT, body.to_string());
     request.headers_mut().insert("idempotency-key", "order 66".parse().expect("ASCII"));
