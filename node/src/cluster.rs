@@ -349,9 +349,17 @@ impl ClusterNode {
         self.records.lock().len()
     }
 
-    /// Forgets old records; those whose entry node never said how they ended.
-    pub fn forget_records(&self) -> Vec<JournalRecord> {
-        self.records.lock().forget(self.clock.now())
+    /// Forgets old records. What is to be billed for nodes that died comes back, once.
+    pub fn settle_records(&self) -> Vec<JournalRecord> {
+        let (table, mut records) = (self.coordinator.tables().borrow().clone(), self.records.lock());
+        let orphans = records.orphans(&table);
+        records.forget(self.clock.now());
+        orphans
+    }
+
+    /// What is to be billed before this node leaves, should others die behind it.
+    pub fn settle_all_records(&self) -> Vec<JournalRecord> {
+        self.records.lock().before_leaving()
     }
 
     /// A copy of the record of a request, from whoever keeps it. Nothing changes for its entry node before this one goes

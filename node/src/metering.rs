@@ -16,7 +16,7 @@ use shared::clock::Clock;
 use shared::error::ErrorKind;
 use shared::hash::ContentHash;
 use shared::id::{AdapterName, BaseName, TaskName, TenantId};
-use shared::request::Envelope;
+use shared::request::{Emitted, Envelope};
 use shared::tenant::Tier;
 use shared::token::{FinishReason, TokenEvent};
 
@@ -86,6 +86,63 @@ pub struct UsageRecord {
     pub outcome: Outcome,
     /// Registry epoch of the contract.
     pub contract_epoch: u64,
+}
+
+// === impl UsageRecord ===
+
+impl UsageRecord {
+    /// What a node delivered that died, by the record that another kept of it; `at_ms` is when that one writes this.
+    /// Times and hits died with the node. A prompt is billed when a token was delivered.
+    pub fn of_another(
+        envelope: &Envelope,
+        emitted: &Emitted,
+        key: String,
+        cost_center: Option<String>,
+        at_ms: u64,
+    ) -> Self {
+        let delivered: Vec<u32> = emitted.0.iter().map(|choice| choice.tokens.len() as u32).collect();
+        let is_finished = emitted.0.iter().all(|choice| choice.finished);
+        let has_run = delivered.iter().any(|&count| count > 0);
+        let n_prompt = u32::try_from(envelope.generation.prompt.len()).unwrap_or(u32::MAX);
+        Self {
+            prompt_tokens: if has_run { n_prompt } else { 0 },
+            delivered,
+            outcome: if is_finished { Outcome::Finished } else { Outcome::Cancelled },
+            key,
+            cost_center,
+            at_ms,
+            ..Self::of(envelope, envelope.fell_back)
+        }
+    }
+
+    /// What the request itself says.
+    fn of(envelope: &Envelope, fell_back: bool) -> Self {
+        let pin = envelope.adapter.as_ref().filter(|_| !fell_back);
+        Self {
+            v: 1,
+            request: envelope.id.to_string(),
+            at_ms: 0,
+            tenant: envelope.route.tenant.clone(),
+            key: String::new(),
+            task: envelope.route.task.clone(),
+            base: envelope.base.clone(),
+            adapter: pin.map(|pin| pin.name.clone()),
+            adapter_hash: pin.map(|pin| pin.hash),
+            tier: envelope.tier,
+            cost_center: None,
+            fell_back,
+            adapter_hit: None,
+            prompt_tokens: 0,
+            cached_tokens: 0,
+            delivered: Vec::new(),
+            queue_wait_ms: 0.0,
+            first_token_ms: None,
+            total_ms: 0.0,
+            compute_ms: 0.0,
+            outcome: Outcome::Cancelled,
+            contract_epoch: envelope.contract_epoch,
+        }
+    }
 }
 
 /// Is told the tokens that a request used; `None` if it was refused and gets back all it had taken.
@@ -228,21 +285,10 @@ impl Tap {
         } else {
             Outcome::Cancelled
         };
-        let fell_back = envelope.fell_back || self.fell_back;
-        let pin = envelope.adapter.as_ref().filter(|_| !fell_back);
         UsageRecord {
-            v: 1,
-            request: envelope.id.to_string(),
             at_ms: u64::try_from(self.clock.wall().as_millis()).unwrap_or(u64::MAX),
-            tenant: envelope.route.tenant.clone(),
             key: self.key.clone(),
-            task: envelope.route.task.clone(),
-            base: envelope.base.clone(),
-            adapter: pin.map(|pin| pin.name.clone()),
-            adapter_hash: pin.map(|pin| pin.hash),
-            tier: envelope.tier,
             cost_center: self.cost_center.clone(),
-            fell_back,
             adapter_hit: self.adapter_hit,
             prompt_tokens: self.prompt_tokens(),
             cached_tokens: self.cached_tokens,
@@ -252,7 +298,7 @@ impl Tap {
             total_ms: since(self.clock.now()),
             compute_ms: self.compute.as_secs_f64() * 1e3,
             outcome,
-            contract_epoch: envelope.contract_epoch,
+            ..UsageRecord::of(envelope, envelope.fell_back || self.fell_back)
         }
     }
 }
@@ -286,7 +332,7 @@ pub(crate) mod tests {
     use shared::clock::ManualClock;
     use shared::error::RequestError;
     use shared::id::{RequestId, Route};
-    use shared::request::{Generation, Sampling};
+    use shared::request::{EmittedChoice, Generation, Sampling};
 
     use super::*;
 
@@ -385,6 +431,21 @@ pub(crate) mod tests {
         let (record, used) = account("partly", &[started(), token()], false);
         assert_eq!((record.prompt_tokens, record.delivered, record.outcome), (3, vec![1], Outcome::Cancelled));
         assert_eq!(used, 4);
+    }
+
+    #[test]
+    fn a_dead_nodes_request_is_billed_what_its_record_holds() {
+        let (envelope, choice) = (envelope(&ManualClock::default()), |n: u32, finished| EmittedChoice {
+            tokens: (0..n).collect(),
+            finished,
+        });
+        let of = |choices: Vec<EmittedChoice>| {
+            let record = UsageRecord::of_another(&envelope, &Emitted(choices), "k1".into(), None, 5);
+            (record.prompt_tokens, record.delivered, record.outcome)
+        };
+        assert_eq!(of(vec![choice(0, false)]), (0, vec![0], Outcome::Cancelled), "it may never have begun");
+        assert_eq!(of(vec![choice(2, true), choice(1, false)]), (3, vec![2, 1], Outcome::Cancelled));
+        assert_eq!(of(vec![choice(2, true)]), (3, vec![2], Outcome::Finished));
     }
 
     #[test]

@@ -199,7 +199,7 @@ fn join(app: &Arc<App>) {
             let Some(app) = weak.upgrade() else { return };
             let Some(cluster) = app.cluster() else { return };
             cluster.say(cluster.phase(), app.load());
-            cluster.forget_records().into_iter().for_each(|record| app.bill_for_another(record));
+            cluster.settle_records().into_iter().for_each(|record| app.bill_for_another(record));
             if snapshots.has_changed().is_ok_and(|changed| changed) {
                 let snapshot = snapshots.borrow_and_update().clone();
                 cluster.expect_tenants(&snapshot);
@@ -358,6 +358,7 @@ async fn stop(app: Arc<App>, supervisor: ActorRef<SupervisorMsg>, clients: Port,
     app.fail_running();
     if let Some(cluster) = app.cluster() {
         cluster.net().close().await;
+        cluster.settle_all_records().into_iter().for_each(|record| app.bill_for_another(record));
     }
     clients.close(Duration::from_secs(1)).await;
     admins.close(Duration::from_secs(1)).await;

@@ -14,6 +14,8 @@ use shared::request::Emitted;
 use wire::node::{JournalDelta, JournalRecord};
 
 use super::trail::Kept;
+use crate::membership::detector::Health;
+use crate::route::RoutingTable;
 
 /// How long after its last word a record is kept: as long as a client may take to come back.
 pub const KEPT_FOR: Duration = Duration::from_secs(60);
@@ -38,6 +40,10 @@ struct Entry {
     record: JournalRecord,
     /// The entry node that writes it.
     owner: NodeId,
+    /// Which life of that node's process, as first seen by [`Records::orphans`].
+    owner_life: Option<u64>,
+    /// What it holds was handed out to be billed.
+    is_billed: bool,
     /// Highest attempt under which a copy was handed out; 0 when none was.
     handed_out: u32,
     at: Instant,
@@ -97,7 +103,9 @@ impl Records {
         }
         self.remove(&record.envelope.id);
         self.bytes += bytes(&record);
-        self.entries.insert(record.envelope.id, Entry { record, owner: from.clone(), handed_out, at: now });
+        let id = record.envelope.id;
+        let entry = Entry { record, owner: from.clone(), owner_life: None, is_billed: false, handed_out, at: now };
+        self.entries.insert(id, entry);
         self.make_room(now);
         Ok(())
     }
@@ -116,7 +124,7 @@ impl Records {
         let new = delta.tokens.get(known..).unwrap_or_default();
         choice.tokens.extend_from_slice(new);
         choice.finished |= delta.finished;
-        (entry.record.attempt, entry.at) = (delta.attempt, now);
+        (entry.record.attempt, entry.at, entry.is_billed) = (delta.attempt, now, false);
         self.bytes += size_of_val(new);
         Ok(())
     }
@@ -132,12 +140,35 @@ impl Records {
         Some(JournalRecord { attempt: entry.handed_out, ..entry.record.clone() })
     }
 
-    /// Forgets what nobody comes back for, and hands it out: what a record holds was delivered, and is said to those
-    /// who bill once more, for an entry node that died before it could . Called now and then.
-    pub fn forget(&mut self, now: Instant) -> Vec<JournalRecord> {
+    /// Forgets what nobody comes back for. Called now and then.
+    pub fn forget(&mut self, now: Instant) {
         let over: Vec<RequestId> =
             self.entries.iter().filter(|(_, entry)| is_over(now, entry)).map(|(id, _)| *id).collect();
-        over.iter().filter_map(|id| self.remove(id)).collect()
+        over.iter().for_each(|id| _ = self.remove(id));
+    }
+
+    /// Records of nodes that died, once each: what they hold was delivered, and the node may have died before it could
+    /// bill that. Called more often than processes restart.
+    pub fn orphans(&mut self, table: &RoutingTable) -> Vec<JournalRecord> {
+        self.unbilled(|entry| {
+            let Some(owner) = table.members().get(&entry.owner) else { return true };
+            let life = entry.owner_life.replace(owner.incarnation);
+            owner.health == Health::Dead || life.is_some_and(|life| life != owner.incarnation)
+        })
+    }
+
+    /// All records that nobody billed from here: for a node that leaves, whose copies will not outlive their owners.
+    pub fn before_leaving(&mut self) -> Vec<JournalRecord> {
+        self.unbilled(|_| true)
+    }
+
+    fn unbilled(&mut self, mut is_due: impl FnMut(&mut Entry) -> bool) -> Vec<JournalRecord> {
+        let due = self.entries.values_mut().filter_map(|entry| {
+            let is_due = is_due(entry) && !entry.is_billed && entry.record.emitted.n_tokens() > 0;
+            entry.is_billed |= is_due;
+            is_due.then(|| entry.record.clone())
+        });
+        due.collect()
     }
 
     /// Records that are kept.

@@ -339,14 +339,40 @@ mod keeping {
         let (start, mut records) = (now(), Records::default());
         records.open(start, &node(0), record(start, 1, 4)).expect("new");
         let deadline = start + Duration::from_secs(30);
-        assert!(records.forget(deadline + KEPT_FOR).is_empty() && records.len() == 1, "it may still run");
-        let over = records.forget(deadline + KEPT_FOR + Duration::from_millis(1));
-        assert_eq!(over.iter().map(|record| record.emitted.n_tokens()).collect::<Vec<_>>(), [4]);
+        records.forget(deadline + KEPT_FOR);
+        assert_eq!(records.len(), 1, "it may still run");
+        records.forget(deadline + KEPT_FOR + Duration::from_millis(1));
         assert!(records.is_empty() && records.take(start, ID).is_none());
         records.open(start, &node(0), record(start, 1, 4)).expect("new");
         records.put(start, &node(0), &JournalDelta { finished: true, ..delta(1, 4..4) }).expect("its end");
         assert!(records.take(start + KEPT_FOR, ID).is_some());
-        assert_eq!((records.forget(start + KEPT_FOR * 3).len(), records.len()), (1, 0));
+        records.forget(start + KEPT_FOR * 3);
+        assert!(records.is_empty());
+    }
+
+    /// The keeper billed a minute later, and died before that (simulator, one trouble at a time, seed 23).
+    #[test]
+    fn what_a_dead_node_delivered_is_billed_as_soon_as_its_death_is_seen_and_once() {
+        let (start, mut records) = (now(), Records::default());
+        let billed = |records: &mut Records, table| {
+            let orphans = records.orphans(&table);
+            orphans.iter().map(|record| record.emitted.n_tokens()).collect::<Vec<_>>()
+        };
+        let lives = |life| move |i| (Health::Alive, if i == 0 { life } else { 1 });
+        records.open(start, &node(0), record(start, 1, 0)).expect("new");
+        assert!(billed(&mut records, table(3, 2, &[0])).is_empty(), "nothing was delivered");
+        records.put(start, &node(0), &delta(1, 0..8)).expect("next");
+        assert!(billed(&mut records, table(3, 2, &[1])).is_empty(), "its owner lives");
+        assert_eq!(billed(&mut records, table(3, 2, &[0])), [8]);
+        assert!(billed(&mut records, table(3, 2, &[0])).is_empty());
+        records.put(start, &node(0), &delta(1, 8..9)).expect("it was only cut off");
+        assert!(billed(&mut records, table_of(3, 2, lives(1))).is_empty());
+        assert_eq!(billed(&mut records, table_of(3, 2, lives(2))), [9], "it came back before its silence was noticed");
+        assert!(billed(&mut records, table_of(3, 2, lives(2))).is_empty());
+        records.open(start, &node(1), record(start, 30, 9)).expect("another goes on");
+        assert!(billed(&mut records, table(3, 2, &[0])).is_empty());
+        assert_eq!(records.before_leaving().len(), 1, "a keeper that leaves bills for whoever dies behind it");
+        assert!(records.before_leaving().is_empty());
     }
 
     #[test]

@@ -21,8 +21,8 @@ use tokio::sync::mpsc;
 
 use super::serve::{EVENTS_WAITING_MAX, Serving};
 use super::{App, running};
-use crate::gateway::backend::{CancelOnDrop, EventTap, Events, RECORD_SILENT, Resumed};
-use crate::metering::Tap;
+use crate::gateway::backend::{CancelOnDrop, Events, RECORD_SILENT, Resumed};
+use crate::metering::{Tap, UsageRecord};
 use crate::metrics;
 
 /// What this node adds to a record besides the request and its tokens.
@@ -103,23 +103,12 @@ impl App {
 }
 
 impl App {
-    /// Writes the usage of another node's request that died with that node: what its record holds was delivered.
+    /// Writes the usage of another node's request, which may have died before it could: what its record holds was
+    /// delivered. Counted in no metric: that node's are gone with it, and this one computed nothing.
     pub fn bill_for_another(&self, record: JournalRecord) {
-        let Ok(kept) = Kept::read(&record) else { return };
-        let JournalRecord { envelope, emitted, .. } = record;
-        let (journal, clock) = (self.journal.clone(), Arc::clone(&self.clock));
-        let n = envelope.generation.n;
-        let mut tap = Tap::new(Arc::new(envelope), kept.key, kept.cost_center, Box::new(|_| {}), journal, clock);
-        let started =
-            TokenEvent::Started { queue_wait: Duration::ZERO, cached_tokens: 0, fell_back: false, adapter_hit: None };
-        tap.observe(&started);
-        let have: Vec<Have> = emitted
-            .0
-            .iter()
-            .map(|choice| Have { next: choice.tokens.len() as u32, opened: true, ended: true })
-            .collect();
-        let all = rest(emitted, n, &have).seen;
-        all.iter().filter(|event| matches!(event, TokenEvent::Token { .. })).for_each(|event| tap.observe(event));
+        let Ok(Kept { key, cost_center, .. }) = Kept::read(&record) else { return };
+        let at_ms = u64::try_from(self.clock.wall().as_millis()).unwrap_or(u64::MAX);
+        self.journal.append(&UsageRecord::of_another(&record.envelope, &record.emitted, key, cost_center, at_ms));
     }
 }
 

@@ -71,6 +71,16 @@ pub struct Usage {
     delivered: Vec<u32>,
 }
 
+// === impl Usage ===
+
+impl Usage {
+    /// What a record holds was delivered.
+    pub fn of(record: &JournalRecord) -> Self {
+        let delivered = record.emitted.0.iter().map(|choice| choice.tokens.len() as u32).collect();
+        Self { request: record.envelope.id, delivered }
+    }
+}
+
 /// Writes usage to a disk, which outlives the node, for ever.
 pub async fn write_usage(mut usage: mpsc::UnboundedReceiver<Usage>, planted: Planted, oracle: Oracle) {
     while let Some(first) = usage.recv().await {

@@ -18,7 +18,7 @@ use shared::clock::Clock;
 use shared::cluster::{NodeLoad, NodePhase};
 use tokio::sync::mpsc;
 
-use crate::door::{Door, serve_clients, write_usage};
+use crate::door::{Door, Usage, serve_clients, write_usage};
 use crate::engine::{Engine, Planted};
 use crate::network::{Peers, Streams, answer, datagrams, now, receive_beats, serve};
 use crate::oracle::Oracle;
@@ -108,7 +108,6 @@ impl Node {
         lives.borrow_mut().insert(self.i, life);
         let random = Random::new(self.seed ^ self.incarnation << 8 ^ self.i as u64);
         tokio::task::spawn_local(receive_beats(socket, coordinator.clone(), self.lost_of_1000, random));
-        tokio::task::spawn_local(report_load(coordinator.clone(), engine.clone(), phase.clone()));
         let (local, mut starts) = mpsc::channel(64);
         let streams = Streams { me: name(self.i), local, oracle: self.oracle.clone(), planted: self.planted };
         let forwarder = Rc::new(Forwarder::new(Arc::new(streams), coordinator.tables(), Arc::new(SimClock)));
@@ -121,6 +120,8 @@ impl Node {
         });
         let (usage, written) = mpsc::unbounded_channel();
         tokio::task::spawn_local(write_usage(written, self.planted, self.oracle.clone()));
+        let keeper = Keeper { records: records.clone(), usage: usage.clone(), phase: phase.clone() };
+        tokio::task::spawn_local(keeper.report(coordinator.clone(), engine.clone()));
         let door = Door {
             coordinator: coordinator.clone(),
             forwarder,
@@ -159,9 +160,26 @@ impl Node {
     }
 }
 
-async fn report_load(coordinator: Coordinator, engine: Engine, phase: Rc<Cell<NodePhase>>) {
-    loop {
-        coordinator.say(phase.get(), engine.load());
-        tokio::time::sleep(Duration::from_millis(50)).await;
+/// What a node does now and then: it says how busy it is, and bills for nodes that died.
+struct Keeper {
+    records: Rc<RefCell<Records>>,
+    usage: mpsc::UnboundedSender<Usage>,
+    phase: Rc<Cell<NodePhase>>,
+}
+
+// === impl Keeper ===
+
+impl Keeper {
+    async fn report(self, coordinator: Coordinator, engine: Engine) {
+        loop {
+            coordinator.say(self.phase.get(), engine.load());
+            let due = match self.phase.get() {
+                NodePhase::Leaving => self.records.borrow_mut().before_leaving(),
+                _ => self.records.borrow_mut().orphans(&coordinator.tables().borrow()),
+            };
+            // The other end is held by a task of this node.
+            due.iter().for_each(|record| _ = self.usage.send(Usage::of(record)));
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 }

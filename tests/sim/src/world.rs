@@ -5,10 +5,8 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
-use coordinator::journal::records::KEPT_FOR;
 use coordinator::registry::Registry;
 use coordinator::registry::status::Role;
-use shared::clock::{Clock, SystemClock};
 use shared::cluster::NodePhase;
 
 use crate::client::clients;
@@ -226,17 +224,10 @@ impl World<'_> {
         for _ in 0..400 {
             self.step();
         }
-        let later = SystemClock.now() + 100 * KEPT_FOR;
         for life in self.lives.borrow().values() {
             let load = life.engine.load();
             if load.running + load.waiting > 0 {
                 self.oracle.violation(format!("I5: work is left on {:?}: {load:?}", life.coordinator));
-            }
-            // What nobody comes back for is billed in the end.
-            let forgotten = life.records.borrow_mut().forget(later);
-            for record in forgotten {
-                let tokens = record.emitted.0.iter().map(|choice| choice.tokens.len() as u32);
-                self.oracle.bill(record.envelope.id, &tokens.collect::<Vec<_>>(), false);
             }
         }
         self.oracle.check_billing();
