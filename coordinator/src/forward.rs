@@ -110,9 +110,11 @@ impl<C: Carrier> Forwarder<C> {
     }
 
     /// As [`Self::forward`], with a record at another node, from which the request can go on when this one dies.
-    /// `answer` says how its client is answered, in the gateway's own words.
+    /// `answer` says how its client is answered, in the gateway's own words. None is kept where the journey's region has
+    /// no other node that lives.
     pub async fn forward_kept(&self, journey: Journey, answer: Vec<u8>, events: mpsc::Sender<TokenEvent>) {
-        let journal = Journal { trail: Trail::new(journey.envelope.id), answer, putting: None };
+        let journal =
+            Journal { trail: Trail::new(journey.envelope.id, journey.place.region.clone()), answer, putting: None };
         self.carry(journey, Some(journal), events).await;
     }
 

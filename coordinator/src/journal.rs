@@ -15,6 +15,7 @@
 use shared::cluster::NodePhase;
 use shared::id::{NodeId, RequestId};
 
+use crate::membership::Member;
 use crate::membership::detector::Health;
 use crate::route::RoutingTable;
 
@@ -30,23 +31,31 @@ const ASKED_MAX: usize = 8;
 /// heard again. A node that was cut off trusts nobody for seconds afterwards, minutes if it happened often; meanwhile a
 /// keeper that may vanish is better than none. A change of nodes changes the answer for some requests; a keeper that
 /// still serves is kept all the same.
-pub fn keeper(table: &RoutingTable, id: RequestId) -> Option<NodeId> {
+///
+/// A record holds prompt and answer: of a tenant that is bound to a region it is kept there or nowhere.
+pub fn keeper(table: &RoutingTable, id: RequestId, region: Option<&str>) -> Option<NodeId> {
     let others = table.members().iter().filter(|(node, member)| {
         *node != table.me()
+            && lies_in(member, region)
             && member.phase == NodePhase::Serving
             && matches!(member.health, Health::Alive | Health::Returning)
     });
     others.max_by_key(|(node, member)| (member.takes_requests(), score(node, id))).map(|(node, _)| node.clone())
 }
 
-/// Which nodes may have a request's record, the likeliest first; this one may be among them. All are asked at once and
+/// Which nodes may have a request's record, the likeliest first; this one may be among them. `region` is its tenant's.
+/// All are asked at once and
 /// the record that is furthest counts ([`records::Found`]).
-pub fn whom_to_ask(table: &RoutingTable, id: RequestId) -> Vec<NodeId> {
+pub fn whom_to_ask(table: &RoutingTable, id: RequestId, region: Option<&str>) -> Vec<NodeId> {
     let gone = |health| matches!(health, Health::Dead | Health::Absent);
-    let members = table.members().iter().filter(|(_, member)| !gone(member.health));
+    let members = table.members().iter().filter(|(_, member)| !gone(member.health) && lies_in(member, region));
     let mut nodes: Vec<(u64, &NodeId)> = members.map(|(node, _)| (score(node, id), node)).collect();
     nodes.sort_unstable_by(|a, b| b.cmp(a));
     nodes.into_iter().take(ASKED_MAX).map(|(_, node)| node.clone()).collect()
+}
+
+fn lies_in(member: &Member, region: Option<&str>) -> bool {
+    region.is_none() || region == member.spec.region.as_deref()
 }
 
 /// Rendezvous hashing: each request ranks the nodes in its own order, and a node that comes or goes changes no other's

@@ -362,11 +362,12 @@ impl ClusterNode {
         self.records.lock().before_leaving()
     }
 
-    /// A copy of the record of a request, from whoever keeps it. Nothing changes for its entry node before this one goes
+    /// A copy of the record of a request of a tenant of `region`, from whoever keeps it. Nothing changes for its entry node before this one goes
     /// on with the request.
-    pub async fn take_record(&self, id: RequestId) -> Found {
+    pub async fn take_record(&self, id: RequestId, region: Option<&str>) -> Found {
         let table = self.coordinator.tables().borrow().clone();
-        let (here, others): (Vec<_>, Vec<_>) = whom_to_ask(&table, id).into_iter().partition(|node| node == table.me());
+        let (here, others): (Vec<_>, Vec<_>) =
+            whom_to_ask(&table, id, region).into_iter().partition(|node| node == table.me());
         let ask = |node: NodeId| async move {
             match self.net.call(&node, &Request::JournalTake { id }, TAKE_WITHIN).await {
                 Ok(Response::Journal(record)) => Ok(record.map(|record| *record)),

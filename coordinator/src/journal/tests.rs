@@ -14,7 +14,7 @@ use super::idempotency::{Claims, RequestIds, Ruling, Stance, ruling, same};
 use super::records::{Found, GAP, KEPT_FOR, Records, TAKEN, understood};
 use super::trail::{BEHIND, BEHIND_TOKENS, Kept, Put, Trail};
 use super::*;
-use crate::membership::{ClusterView, Member, SHARE_PARTS};
+use crate::membership::{ClusterView, Member, MemberSpec, SHARE_PARTS};
 use crate::ring::RingKey;
 use crate::route::Routes;
 use crate::testing::{now, spec_of_node};
@@ -36,13 +36,14 @@ pub(crate) fn table(n: usize, me: usize, dead: &[usize]) -> RoutingTable {
 
 /// Nodes n0 …, seen by `me`, with the health and the life that `seen` says.
 fn table_of(n: usize, me: usize, seen: impl Fn(usize) -> (Health, u64)) -> RoutingTable {
-    let member = |i: usize| Member {
-        spec: Arc::new(spec_of_node(&node(i), 1)),
-        health: seen(i).0,
-        phase: NodePhase::Serving,
-        incarnation: seen(i).1,
-        share: SHARE_PARTS,
-        load: NodeLoad { running: 0, places: 8, waiting: 0 },
+    table_with(n, me, |i| (seen(i).0, seen(i).1, spec_of_node(&node(i), 1)))
+}
+
+fn table_with(n: usize, me: usize, seen: impl Fn(usize) -> (Health, u64, MemberSpec)) -> RoutingTable {
+    let member = |i: usize| {
+        let (health, incarnation, spec) = seen(i);
+        let (spec, phase, load) = (Arc::new(spec), NodePhase::Serving, NodeLoad { running: 0, places: 8, waiting: 0 });
+        Member { spec, health, phase, incarnation, share: SHARE_PARTS, load }
     };
     let members: BTreeMap<NodeId, Member> = (0..n).map(|i| (node(i), member(i))).collect();
     let view = ClusterView { epoch: 1, me: node(me), members };
@@ -101,21 +102,48 @@ mod choosing {
         let seen: BTreeSet<NodeId> = (0..200)
             .map(|i| {
                 let id = RequestId(i);
-                let keeper = keeper(&table(5, 0, &[]), id).expect("five nodes");
+                let keeper = keeper(&table(5, 0, &[]), id, None).expect("five nodes");
                 assert_ne!(keeper, node(0), "a node's own death takes its records along");
-                let asked = whom_to_ask(&table(5, 3, &[0]), id);
+                let asked = whom_to_ask(&table(5, 3, &[0]), id, None);
                 assert!(asked.iter().position(|node| *node == keeper) <= Some(1), "{keeper} in {asked:?}");
                 assert!(!asked.contains(&node(0)), "the dead are not asked");
                 keeper
             })
             .collect();
         assert_eq!(seen.len(), 4, "records are spread");
-        assert_eq!(keeper(&table(1, 0, &[]), ID), None);
+        assert_eq!(keeper(&table(1, 0, &[]), ID, None), None);
+    }
+
+    /// Of nodes n0 … every second lies in the east, the others lie in the west.
+    fn two_regions(n: usize, dead: &[usize]) -> RoutingTable {
+        table_with(n, 0, |i| {
+            let region = Some(if i % 2 == 1 { "east" } else { "west" }.to_owned());
+            let health = if dead.contains(&i) { Health::Dead } else { Health::Alive };
+            (health, 1, MemberSpec { region, ..spec_of_node(&node(i), 1) })
+        })
+    }
+
+    #[test]
+    fn the_record_of_a_tenant_that_is_bound_to_a_region_is_kept_and_looked_for_there_only() {
+        let east = [node(1), node(3)];
+        for id in (0..50).map(RequestId) {
+            let kept = keeper(&two_regions(4, &[]), id, Some("east")).expect("two nodes are there");
+            assert!(east.contains(&kept), "{kept}, asked by a node of the west");
+            assert!(whom_to_ask(&two_regions(4, &[]), id, Some("east")).iter().all(|node| east.contains(node)));
+        }
+        assert_eq!(keeper(&two_regions(4, &[1, 3]), ID, Some("east")), None, "rather none than one elsewhere");
+        assert_eq!(keeper(&two_regions(2, &[]), ID, Some("west")), None, "the node itself is no other");
+        let mut trail = Trail::new(ID, Some("east".into()));
+        trail.on_table(&two_regions(4, &[1]));
+        assert_eq!(trail.keeper(), Some(&node(3)));
+        trail.on_table(&two_regions(4, &[1, 3]));
+        assert_eq!(trail.keeper(), None);
+        assert_eq!(trail.next(now(), &emitted(9, false), 1), None);
     }
 
     #[test]
     fn a_keeper_that_dies_is_replaced_and_one_that_serves_is_kept() {
-        let mut trail = Trail::new(ID);
+        let mut trail = Trail::new(ID, None);
         trail.on_table(&table(5, 0, &[]));
         let first = trail.keeper().cloned().expect("five nodes");
         trail.on_table(&table(9, 0, &[]));
@@ -129,13 +157,13 @@ mod choosing {
     /// when it died then, nobody remembered them (simulator, one trouble at a time, seed 778).
     #[test]
     fn a_node_that_trusts_nobody_yet_keeps_records_at_those_it_hears_again() {
-        let usual = keeper(&table(5, 0, &[]), ID);
+        let usual = keeper(&table(5, 0, &[]), ID, None);
         let returning = |i| (if i == 0 { Health::Alive } else { Health::Returning }, 1);
-        assert_eq!(keeper(&table_of(5, 0, returning), ID), usual);
+        assert_eq!(keeper(&table_of(5, 0, returning), ID, None), usual);
         let one_alive = |i| (if i == 3 { Health::Alive } else { Health::Returning }, 1);
-        assert_eq!(keeper(&table_of(5, 0, one_alive), ID), Some(node(3)));
+        assert_eq!(keeper(&table_of(5, 0, one_alive), ID, None), Some(node(3)));
         let silent = |i| (if i == 0 { Health::Alive } else { Health::Suspect }, 1);
-        assert_eq!(keeper(&table_of(5, 0, silent), ID), None);
+        assert_eq!(keeper(&table_of(5, 0, silent), ID, None), None);
     }
 }
 
@@ -171,7 +199,7 @@ mod writing {
     }
 
     fn opened(start: Instant) -> (Trail, NodeId) {
-        let mut trail = Trail::new(ID);
+        let mut trail = Trail::new(ID, None);
         trail.on_table(&table(3, 0, &[]));
         let (keeper, put) = trail.next(start, &emitted(0, false), 1).expect("the record is sent at once");
         assert_eq!(put, Put::Open);
@@ -215,7 +243,7 @@ mod writing {
     #[test]
     fn a_request_that_changed_is_sent_whole_even_when_its_record_is_on_its_way() {
         let start = now();
-        let mut trail = Trail::new(ID);
+        let mut trail = Trail::new(ID, None);
         trail.on_table(&table(3, 0, &[]));
         let (keeper, _) = trail.next(start, &emitted(0, false), 1).expect("the record is sent at once");
         trail.on_change();

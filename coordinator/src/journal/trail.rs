@@ -56,6 +56,8 @@ struct Mark {
 #[derive(Debug)]
 pub struct Trail {
     id: RequestId,
+    /// Its tenant's.
+    region: Option<String>,
     keeper: Option<NodeId>,
     /// Which life of the keeper's process: another one has no record.
     life: u64,
@@ -73,10 +75,11 @@ pub struct Trail {
 // === impl Trail ===
 
 impl Trail {
-    /// Nothing is kept yet.
-    pub fn new(id: RequestId) -> Self {
+    /// Nothing is kept yet; it may be in `region` only, if there is one.
+    pub fn new(id: RequestId, region: Option<String>) -> Self {
         Self {
             id,
+            region,
             keeper: None,
             life: 0,
             open: false,
@@ -109,7 +112,7 @@ impl Trail {
     pub fn on_table(&mut self, table: &RoutingTable) {
         let life = |node: &NodeId| table.members().get(node).map_or(0, |member| member.incarnation);
         let serves = |node: &NodeId| table.members().get(node).is_some_and(|member| member.takes_requests());
-        let next = self.keeper.clone().filter(serves).or_else(|| keeper(table, self.id));
+        let next = self.keeper.clone().filter(serves).or_else(|| keeper(table, self.id, self.region.as_deref()));
         let next_life = next.as_ref().map_or(0, life);
         if (&next, next_life) != (&self.keeper, self.life) {
             (self.keeper, self.life, self.open) = (next, next_life, false);

@@ -69,7 +69,7 @@ impl App {
         who.require(Scope::Infer)?;
         let contract = self.registry.snapshot().contract(who).ok_or(AuthError::Invalid)?;
         let cluster = self.cluster.as_ref().ok_or_else(stream_gone)?;
-        let Found { record, is_one_silent } = cluster.take_record(request).await;
+        let Found { record, is_one_silent } = cluster.take_record(request, contract.region.as_deref()).await;
         // Somebody else's is as unknown as none.
         let own = record.filter(|record| record.envelope.route.tenant == contract.tenant);
         let record = own.ok_or_else(if is_one_silent { record_silent } else { stream_gone })?;

@@ -183,7 +183,7 @@ impl Door {
 
     /// Takes a request's record from whoever has it.
     async fn find(&self, id: RequestId) -> Found {
-        let nodes = whom_to_ask(&self.coordinator.tables().borrow(), id);
+        let nodes = whom_to_ask(&self.coordinator.tables().borrow(), id, None);
         let me = self.coordinator.tables().borrow().me().clone();
         let mut asked = tokio::task::JoinSet::new();
         let mut answers = vec![Ok(self.records.borrow_mut().take(now(), id))];
