@@ -7,7 +7,7 @@
 //! | I3 | attempts of a request rise at an entry node, and what an older one left behind is dropped | at every start |
 //! | I4 | a request runs on the adapter it was admitted with | in its tokens, which depend on it |
 //! | I5 | places taken and places free are all places; none is taken when all is over | every step, at the end |
-//! | I6 | tokens billed are tokens delivered, for every request answered in full; the last words of a node that died within 150 ms of the end count apart, and all of its record when its keeper died within the 800 ms in which that one bills | at the end |
+//! | I6 | tokens billed are tokens delivered, for every request answered in full; the last words of a node that died within 150 ms of the end count apart, and all of its record when another node died within 800 ms of it: two deaths before either is followed are one trouble too many | at the end |
 //! | I7 | a node's epoch never falls | every step |
 //! | I8 | no request runs after its deadline | in the engine |
 //! | I9 | a bounded number of runs for every node that has the client | at every start |
@@ -30,7 +30,8 @@ const STARTS_MAX: usize = 8;
 /// after 50 ms, the record its keeper within a message.
 const LAST_WORD: Duration = Duration::from_millis(150);
 
-/// By then the keeper of a dead node's records has billed for it: five heartbeats are missed, and the disk waits 50 ms.
+/// By then a node's death is noticed and followed: its keeper has billed for it, and whose keeper it was has found another.
+/// Five heartbeats are missed, and the disk waits 50 ms.
 const BILLED: Duration = Duration::from_millis(800);
 
 /// What a simulation saw. Clones are the same.
@@ -263,7 +264,7 @@ impl Oracle {
             let died = deaths.iter().find(|(when, who)| who == node && (*at..*at + LAST_WORD).contains(when));
             // The node's last words die with it, all of its record only with the record's keeper.
             let excused = died.is_some_and(|(died, _)| {
-                let another = |(when, who): &(Duration, usize)| who != node && (*at..*died + BILLED).contains(when);
+                let another = |(when, who): &(Duration, usize)| who != node && when.abs_diff(*died) < BILLED;
                 lost <= 2 * BEHIND_TOKENS as u64 || deaths.iter().any(another)
             });
             *unbilled += lost;

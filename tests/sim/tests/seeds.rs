@@ -11,12 +11,15 @@ use sim::world::{Scenario, Trouble, run};
 /// Seeds of each kind by default, 600 in all; more by `SIM_SEEDS`.
 const SEEDS: u64 = 200;
 
-/// Seeds beyond these that found a mistake once.
+/// Seeds beyond these that found something once.
 fn known(trouble: Trouble) -> &'static [u64] {
     match trouble {
         // A keeper that answered late counted as if nobody remembered the request.
         Trouble::OneAtATime => &[1745],
-        Trouble::Rolling | Trouble::Overlapping => &[],
+        // The keeper died 270 ms before its entry node, which had just answered and not yet noticed: no node is left that
+        // knows what was delivered, and it is billed by nobody.
+        Trouble::Overlapping => &[808],
+        Trouble::Rolling => &[],
     }
 }
 
