@@ -195,6 +195,17 @@ fn load_failed(path: &Path, error: &model::base::LoadError) -> anyhow::Error {
     anyhow::anyhow!("load the base model {}: {error}{hint}", path.display())
 }
 
+/// Places in the batch that only a class may take, given the shares of step time reserved for each: step time is of no
+/// use to a class that cannot get a place.
+pub fn places(reserves: [f64; 3], sequences: usize) -> [u32; 3] {
+    reserves.map(|share| (share * sequences as f64) as u32)
+}
+
+/// The engine's side of these reserves.
+pub fn reserve(reserves: [f64; 3]) -> ClassReserve {
+    ClassReserve { shares: reserves.map(|share| share as f32), delay_max: RESERVE_DELAY_MAX }
+}
+
 fn fair_config(config: &ClusterConfig) -> FairConfig {
     FairConfig {
         prefill_weight: config.queue.prefill_weight,
@@ -203,8 +214,7 @@ fn fair_config(config: &ClusterConfig) -> FairConfig {
         pass_tokens_max: config.queue.pass_tokens_max,
         waiting_max: config.queue.depth_total,
         tenant_waiting_max: config.queue.depth_tenant,
-        // Step time is of no use to a class that cannot get a place in the batch.
-        class_sequences_reserved: config.engine.reserves.map(|share| (share * config.engine.sequences as f64) as u32),
+        class_sequences_reserved: places(config.engine.reserves, config.engine.sequences),
         ..FairConfig::default()
     }
 }
@@ -229,7 +239,7 @@ impl EngineOptions {
             prefill_rows_max: engine.prefill_chunk,
             prefill_stretch: engine.prefill_stretch,
             logits_rows_max: engine.sequences,
-            reserve: ClassReserve { shares: engine.reserves.map(|share| share as f32), delay_max: RESERVE_DELAY_MAX },
+            reserve: reserve(engine.reserves),
             prefix_cache: quota > 0,
             cache_quota_pages: quota,
             cache_floor_pages: CACHE_FLOOR_PAGES.min(quota),

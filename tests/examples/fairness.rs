@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use shared::clock::{Clock, SystemClock};
 use tests::operator;
 use tests::process::{NodeProcess, NodeSpec, scratch};
-use tests::tiny::AdapterSpec;
+use tests::tiny::{AdapterSpec, Random};
 
 /// Start of a run that is not counted: its clients all begin at once.
 const WARM_UP: Duration = Duration::from_secs(1);
@@ -37,9 +37,11 @@ fn now() -> Instant {
     SystemClock.now()
 }
 
-/// One streamed request; times every token.
+/// One streamed request; times every token. Its answer has half to one and a half times `max_tokens`: were all equally
+/// long, the streams of a class would fall into step, ask again at the same moment and wait for one another.
 fn ask(node: &NodeProcess, key: &str, max_tokens: u32, salt: usize, seen: &mut Seen) {
     let prompt = format!("{salt}: {QUESTION}");
+    let max_tokens = max_tokens / 2 + Random::new(salt as u64).below(max_tokens as usize + 1) as u32;
     let body = json!({"model": "smollm2", "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": true,
         "temperature": 0, "stream": true, "return_token_ids": true});
     let started = now();
