@@ -91,7 +91,8 @@ fn equals_the_reference_bit_for_bit(backend: Backend) {
         let w = matrix(kind, 37, n_in, &mut noise);
         let x = noise.values(67 * n_in);
         for precision in [Precision::F32, Precision::Int8] {
-            for n_rows in [1, 67] {
+            // Every tile, and tiles after full ones.
+            for n_rows in (1..=8).chain([67]) {
                 let x = &x[..n_rows * n_in];
                 let expected = product(Backend::Scalar, 1, precision, x, &w);
                 assert_eq!(bits(&product(backend, 2, precision, x, &w)), bits(&expected), "kind {kind} {precision:?}");

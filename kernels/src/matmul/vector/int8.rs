@@ -1,5 +1,6 @@
 //! Rounded activations times codes: sixteen output columns a vector, one panel and up to eight rows a tile, so that the
-//! codes of a panel are one stream from memory and are taken apart once for all rows of the tile.
+//! codes of a panel are one stream from memory and are taken apart once for all rows of the tile. There is a tile for
+//! every number of rows up to eight: rows left over cost a pass over the codes each time they are split.
 //!
 //! Every instruction of the reference's chain per output, in its order; only independent outputs and the terms of
 //! integer sums, which are exact, are interleaved.
@@ -95,7 +96,11 @@ impl<F: Form> Kernel for Panels<'_, '_, F> {
                 row += unsafe {
                     match unit.rows.end - row {
                         1 => tiles::<S, F, 1>(unit, &weights, panels.clone(), row, ahead),
-                        2 | 3 => tiles::<S, F, 2>(unit, &weights, panels.clone(), row, ahead),
+                        2 => tiles::<S, F, 2>(unit, &weights, panels.clone(), row, ahead),
+                        3 => tiles::<S, F, 3>(unit, &weights, panels.clone(), row, ahead),
+                        5 if S::VECTORS > 16 => tiles::<S, F, 5>(unit, &weights, panels.clone(), row, ahead),
+                        6 if S::VECTORS > 16 => tiles::<S, F, 6>(unit, &weights, panels.clone(), row, ahead),
+                        7 if S::VECTORS > 16 => tiles::<S, F, 7>(unit, &weights, panels.clone(), row, ahead),
                         8.. if S::VECTORS > 16 => tiles::<S, F, 8>(unit, &weights, panels.clone(), row, ahead),
                         _ => tiles::<S, F, 4>(unit, &weights, panels.clone(), row, ahead),
                     }
