@@ -16,7 +16,7 @@ use shared::tenant::Tier;
 use crate::blocks::BlockPool;
 use crate::sequence::{Phase, Sequence};
 use cost::{CostModel, Load};
-use reserve::{ClassReserve, Ledger, StepBudget};
+use reserve::{ClassReserve, Ledger, StepBudget, Wants};
 
 /// Prompt rows always possible beside decoding sequences: prompts must get on. With eight, the floor and not the
 /// stretch decided beside a single stream: a step of one row grew to 2.5 times.
@@ -109,14 +109,16 @@ impl Planner {
         for sequence in sequences.iter_mut().filter(|sequence| sequence.phase() == Phase::Prefill) {
             sequence.waits_since.get_or_insert(self.n_prompt_rows);
         }
-        let runnable =
-            Tier::ALL.map(|tier| sequences.iter().any(|sequence| sequence.tier == tier && is_ready(sequence)));
-        let budget = self.ledger.open(runnable, cost.cost());
+        let classes = Tier::ALL.map(|tier| {
+            let ready = || sequences.iter().filter(|sequence| sequence.tier == tier && is_ready(sequence));
+            Wants { to_run: ready().next().is_some(), prompts: ready().any(|s| s.phase() == Phase::Prefill) }
+        });
+        let budget = self.ledger.open(classes, cost.cost());
         let (step, n_prompt_rows) = (self.n_steps, self.n_prompt_rows);
         let mut draft =
             Draft { sequences, pool, step, n_prompt_rows, budget, config: self.config, runs: Vec::new(), n_preempted };
         draft.fill();
-        if draft.runs.is_empty() && runnable.contains(&true) {
+        if draft.runs.is_empty() && classes.iter().any(|class| class.to_run) {
             // A reserve must not stop the engine when its own class cannot run.
             draft.budget = StepBudget::unlimited(cost.cost());
             draft.fill();
@@ -132,7 +134,7 @@ impl Planner {
     pub fn measured(&mut self, plan: &StepPlan, sequences: &[Sequence], took: std::time::Duration, cost: &CostModel) {
         let mut loads = [Load::default(); 3];
         plan.runs.iter().for_each(|run| loads[sequences[run.at].tier as usize] += run.load(sequences));
-        self.ledger.close(loads, took, cost.cost());
+        self.ledger.close(loads, took, cost);
     }
 }
 

@@ -5,7 +5,11 @@
 //! classes. Weighted least squares that forget, with coefficients that cannot be negative and a weak pull
 //! towards the usual proportions: steps that are all alike say what a step takes, but not which part of it is whose.
 //! Short steps weigh most, because rows cost less the more there are and it is short steps that are decided about: with
-//! equal weights a few steps full of prompts set what a row beside a decoding one takes a third too low. Pure.
+//! equal weights a few steps full of prompts set what a row beside a decoding one takes a third too low.
+//!
+//! No line goes through steps of few rows, which are computed eight at a time: a fifth row can take three times what the
+//! fourth took. So what steps without prompts take is kept by their number of rows as well, and decides there how a
+//! step is divided between classes. Pure.
 
 use std::time::Duration;
 
@@ -17,6 +21,11 @@ const PULL: f64 = 1e-4;
 const SECS_MIN: f64 = 1e-6;
 /// Usual proportions of the three parts: reading the weights takes as long as computing some ten rows.
 const USUAL: [f64; 3] = [10.0, 1.0, 0.8];
+
+/// Steps without prompts are told apart up to so many rows.
+const DECODE_ROWS_MAX: usize = 64;
+/// Weight of the newest of them: about the last twenty count.
+const NEWEST: f64 = 0.05;
 
 /// What a step, or a part of it, has to compute.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -31,6 +40,10 @@ impl Load {
     /// `n` rows of decoding sequences.
     pub fn decode(n: usize) -> Self {
         Self { n_rows: n, n_logits: n }
+    }
+
+    fn is_decode(self) -> bool {
+        self.n_rows == self.n_logits
     }
 }
 
@@ -73,12 +86,20 @@ pub struct CostModel {
     weight: f64,
     /// Seconds that each part contributes to the mean step.
     parts: [f64; 3],
+    /// Steps per second without prompts, by rows; 0 where there were none. Means of rates heed a stalled step little.
+    decode_rates: [f64; DECODE_ROWS_MAX + 1],
 }
 
 impl Default for CostModel {
     /// A guess that few measured steps outweigh: 1 ms a step and 1 ms a decoded row.
     fn default() -> Self {
-        let mut model = Self { squares: [[0.0; 3]; 3], products: [0.0; 3], weight: 0.0, parts: [1e-3; 3] };
+        let mut model = Self {
+            squares: [[0.0; 3]; 3],
+            products: [0.0; 3],
+            weight: 0.0,
+            parts: [1e-3; 3],
+            decode_rates: [0.0; DECODE_ROWS_MAX + 1],
+        };
         for _ in 0..20 {
             for (n_rows, n_logits, micros) in [(1, 1, 2000), (17, 17, 18_000), (17, 0, 17_900)] {
                 model.learn(Load { n_rows, n_logits }, Duration::from_micros(micros));
@@ -88,6 +109,7 @@ impl Default for CostModel {
         let few = 0.1 / 60.0;
         model.squares.iter_mut().flatten().chain(&mut model.products).for_each(|sum| *sum *= few);
         model.weight *= few;
+        model.decode_rates.fill(0.0);
         model
     }
 }
@@ -105,6 +127,30 @@ impl CostModel {
         }
         self.weight = self.weight * MEMORY + weight;
         self.solve();
+        if let Some(rate) = self.decode_rates.get_mut(load.n_rows).filter(|_| load.is_decode()) {
+            *rate += (1.0 / secs - *rate) * if *rate == 0.0 { 1.0 } else { NEWEST };
+        }
+    }
+
+    /// Seconds of a step with this load alone, if it has no prompts and there were such steps.
+    fn decode_secs(&self, load: Load) -> Option<f64> {
+        let rate = self.decode_rates.get(load.n_rows).filter(|_| load.is_decode())?;
+        (*rate > 0.0).then(|| 1.0 / rate)
+    }
+
+    /// The part of a step with load `total` that is due to `own`: what it would take alone, against that and what the
+    /// rest adds. The fixed part belongs to whoever has rows: it would take the step without the others too.
+    pub fn part(&self, own: Load, total: Load) -> f64 {
+        if own.n_rows == 0 {
+            return 0.0;
+        }
+        let cost = self.cost();
+        let secs = self.decode_secs(own).unwrap_or(cost.step + cost.of(own));
+        let added = match (self.decode_secs(own), self.decode_secs(total)) {
+            (Some(without), Some(with)) => (with - without).max(0.0),
+            _ => cost.of(total) - cost.of(own),
+        };
+        secs / (secs + added)
     }
 
     /// Means of x; parts that never occur count as rare, not as absent.
@@ -221,6 +267,19 @@ mod tests {
         let found = cost.of(Load { n_rows: 7, n_logits: 1 }) + cost.step;
         let expected = took(Load { n_rows: 7, n_logits: 1 }).as_secs_f64();
         assert!((found / expected - 1.0).abs() < 0.1 && cost.row > 290e-6, "{found} for {expected}: {cost:?}");
+    }
+
+    #[test]
+    fn a_row_is_charged_with_what_it_adds_where_that_is_known() {
+        // The fifth row begins another tile.
+        let took = |n: usize| Duration::from_micros(3000 + if n > 4 { 1000 } else { 0 });
+        let mut model = CostModel::default();
+        (0..400).for_each(|at| model.learn(Load::decode(1 + at % 5), took(1 + at % 5)));
+        let part = |own, total| model.part(Load::decode(own), Load::decode(total));
+        assert!(near(part(4, 5), 0.75) && near(part(3, 4), 1.0), "{} {}", part(4, 5), part(3, 4));
+        assert!(near(part(1, 5), 0.75) && part(0, 5) == 0.0, "the fixed part is everybody's own");
+        let beside_prompts = model.part(Load::decode(4), Load { n_rows: 20, n_logits: 4 });
+        assert!((0.1..0.9).contains(&beside_prompts), "{beside_prompts}: as the line has it");
     }
 
     #[test]

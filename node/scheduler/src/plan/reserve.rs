@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use shared::tenant::Tier;
 
-use super::cost::{Cost, Load};
+use super::cost::{Cost, CostModel, Load};
 
 /// Largest reserve: others must get on, if slowly.
 const SHARE_MAX: f64 = 0.95;
@@ -54,32 +54,46 @@ impl Ledger {
     }
 
     /// Starts a step in which these classes have rows to run.
-    pub(crate) fn open(&mut self, runnable: [bool; 3], cost: Cost) -> StepBudget {
-        for (class, runnable) in runnable.into_iter().enumerate() {
-            let counts = runnable && self.reserve.share(class) > 0.0;
+    pub(crate) fn open(&mut self, classes: [Wants; 3], cost: Cost) -> StepBudget {
+        for (class, wants) in classes.into_iter().enumerate() {
+            let counts = wants.to_run && self.reserve.share(class) > 0.0;
             self.accounts[class] = counts.then(|| self.accounts[class].unwrap_or(0.0));
         }
-        StepBudget { reserve: self.reserve, accounts: self.accounts, cost, used: [0.0; 3] }
+        StepBudget {
+            reserve: self.reserve,
+            accounts: self.accounts,
+            prompts: classes.map(|wants| wants.prompts),
+            cost,
+            used: [0.0; 3],
+        }
     }
 
     /// Books a step with this load per class.
-    pub(crate) fn close(&mut self, loads: [Load; 3], took: Duration, cost: Cost) {
-        let secs = loads.map(|load| cost.of(load));
-        let total: f64 = secs.iter().sum();
-        for (class, own_secs) in secs.into_iter().enumerate() {
+    pub(crate) fn close(&mut self, loads: [Load; 3], took: Duration, model: &CostModel) {
+        let mut total = Load::default();
+        loads.iter().for_each(|load| total += *load);
+        for (class, load) in loads.into_iter().enumerate() {
             let share = self.reserve.share(class);
             let Some(account) = &mut self.accounts[class] else {
                 continue;
             };
-            // The fixed part is a class's own as soon as it has rows: it would take the step without the others too.
-            let own = if loads[class].n_rows == 0 { 0.0 } else { (cost.step + own_secs) / (cost.step + total) };
+            let own = model.part(load, total);
             let took = took.as_secs_f64();
             *account += took * own * (1.0 - share) / share - took * (1.0 - own);
             // At least a row must be affordable, or the others never run.
-            let most = self.reserve.delay_secs_max().max(cost.decode());
+            let most = self.reserve.delay_secs_max().max(model.cost().decode());
             *account = account.clamp(-DEBT_MAX * most, most);
         }
     }
+}
+
+/// What a class has for the next step.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Wants {
+    /// Rows of any kind.
+    pub(crate) to_run: bool,
+    /// Prompt rows.
+    pub(crate) prompts: bool,
 }
 
 /// What classes may still put into the step being planned.
@@ -87,6 +101,8 @@ impl Ledger {
 pub(crate) struct StepBudget {
     reserve: ClassReserve,
     accounts: [Option<f64>; 3],
+    /// Classes with prompts to compute.
+    prompts: [bool; 3],
     cost: Cost,
     /// Seconds that each class has put into the step.
     used: [f64; 3],
@@ -95,7 +111,7 @@ pub(crate) struct StepBudget {
 impl StepBudget {
     /// Everyone may use everything.
     pub(crate) fn unlimited(cost: Cost) -> Self {
-        Self { reserve: ClassReserve::NONE, accounts: [None; 3], cost, used: [0.0; 3] }
+        Self { reserve: ClassReserve::NONE, accounts: [None; 3], prompts: [false; 3], cost, used: [0.0; 3] }
     }
 
     /// Classes in the order in which they are served: the most wronged reserve first, then the other reserves,
@@ -153,8 +169,10 @@ impl StepBudget {
         let left = |class: usize| {
             let (share, used) = (self.reserve.share(class), self.used[class]);
             let own = if used == 0.0 { 0.0 } else { self.cost.step + used };
-            let account = self.accounts[class].map(|account| account + own * (1.0 - share) / share);
-            account.map(|account| account.min(most) - (total - used))
+            let account = self.accounts[class].map(|account| (account + own * (1.0 - share) / share).min(most));
+            // Its first tokens wait for nobody: the others come when its prompts are done, or when their due is full.
+            let due = account.map(|account| if self.prompts[class] && account < most { 0.0 } else { account });
+            due.map(|due| due - (total - used))
         };
         (0..3).filter(|&class| class != tier as usize).filter_map(left).fold(f64::INFINITY, f64::min)
     }
