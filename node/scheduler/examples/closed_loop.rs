@@ -44,6 +44,7 @@ fn main() {
     let config = EngineConfig {
         prefill_rows_max: ROWS_PER_STEP,
         sequences_max: SEQUENCES,
+        prefill_stretch: 1.0,
         ..EngineConfig::new(base.info.hash, base.info.context)
     };
     let vocabulary = Arc::new(Vocabulary::new((0..base.info.vocab).map(|_| (vec![b'x'], false)), vec![]));
