@@ -130,8 +130,9 @@ impl Bench {
     /// From asking to the first token, on a connection that is open.
     fn first_token(&self, way: Way, n: usize) -> Duration {
         let (node, body) = (self.node(way), Self::body(way, n, 4));
-        let (started, mut first) = (SystemClock.now(), None);
+        let (started, mut first, mut last) = (SystemClock.now(), None, Value::Null);
         let mut see = |event: &Value| {
+            last = event.clone();
             if first.is_none() && n_tokens(event) > 0 {
                 first = Some(SystemClock.now() - started);
             }
@@ -144,7 +145,7 @@ impl Bench {
             Door::Library => self.runtime.block_on(by_library(self.clients[node].clone(), body, see)),
             Door::Http3 => self.runtime.block_on(self.connections[node].stream("/v1/completions", &body, see)),
         }
-        first.expect("a token came")
+        first.unwrap_or_else(|| panic!("{}: no token came: {last}", way.name))
     }
 
     /// Tokens a second of many streams at once.

@@ -70,7 +70,8 @@ impl Http3 {
             bytes.extend_from_slice(&data.copy_to_bytes(data.remaining()));
             while let Some(end) = bytes.windows(2).position(|two| two == b"\n\n") {
                 let event: Vec<u8> = bytes.drain(..end + 2).collect();
-                match event.strip_prefix(b"data: ").map(<[u8]>::trim_ascii_end) {
+                // An event's position comes before its data.
+                match event.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(b"data: ")) {
                     Some(b"[DONE]") => is_done = true,
                     Some(json) => on_event(&serde_json::from_slice(json).expect("an event is JSON")),
                     None => {}
