@@ -11,6 +11,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef, SpawnErr};
 use shared::clock::Clock;
 use shared::cluster::{Heartbeat, NodeLoad, NodePhase};
 use shared::id::NodeId;
+use wire::node::ServedBase;
 
 use crate::membership::detector::DetectorRules;
 use crate::membership::{Change, MemberSpec, Membership, Own};
@@ -108,6 +109,11 @@ impl Coordinator {
     pub fn heard(&self, from: &NodeId, beat: Heartbeat) {
         let now = self.inner.clock.now();
         self.membership().on_heartbeat(now, from, beat);
+    }
+
+    /// A node, which may be this one, says which bases it serves.
+    pub fn serves(&self, node: &NodeId, bases: Arc<[ServedBase]>) {
+        self.membership().on_hello(node, bases);
     }
 
     /// The connection to a peer broke.

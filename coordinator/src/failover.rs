@@ -18,6 +18,9 @@
 //! | says that the tenant lives elsewhere | there, once | no |
 //! | refuses | the other candidate | no |
 //!
+//! The tokens are a function of the request, of the content of its base, and of the arithmetic that computes it: another
+//! content is never asked, and once the client has tokens, no other arithmetic ([`BasePin`]).
+//!
 //! A request whose runs ended twice with the death of their process, without getting further, is poison: it gets no
 //! third node ([`quarantine`]).
 
@@ -26,17 +29,21 @@ use std::time::{Duration, Instant};
 use shared::cluster::NodePhase;
 use shared::error::{ErrorKind, RequestError};
 use shared::id::{NodeId, TenantId};
-use shared::request::Emitted;
+use shared::request::{BasePin, Emitted};
 use shared::token::TokenEvent;
 
 use crate::membership::detector::Health;
 use crate::route::{Candidate, Place, RoutingTable, no_node};
 
 pub mod budget;
+pub mod likeness;
 pub mod quarantine;
+mod run;
 
 use budget::RetryBudget;
+use likeness::no_like_node;
 use quarantine::Mark;
+use run::{Run, run_of};
 
 /// Code of the error with which a node past its drain grace ends its streams.
 pub const HAND_OVER: &str = "hand_over";
@@ -128,18 +135,6 @@ pub struct Around<'a> {
     pub budget: &'a mut RetryBudget,
 }
 
-#[derive(Debug, Clone)]
-struct Run {
-    attempt: Attempt,
-    node: NodeId,
-    incarnation: u64,
-    redirected: bool,
-    /// It entered the batch there.
-    started: bool,
-    /// Tokens it brought, accepted ones.
-    n_tokens: usize,
-}
-
 /// Without a run, looking for a node.
 #[derive(Debug, Clone)]
 struct Hold {
@@ -155,6 +150,8 @@ struct Hold {
 pub struct Failover {
     place: Place,
     tenant: TenantId,
+    /// What the request was encoded for, and from the first token on whose arithmetic it is.
+    pin: BasePin,
     emitted: Emitted,
     n_unfinished: usize,
     /// The client was told that it began, and whether the base stands in for its adapter.
@@ -185,6 +182,7 @@ impl Failover {
         Self {
             place,
             tenant,
+            pin: BasePin::default(),
             emitted: Emitted(vec![Default::default(); n]),
             n_unfinished: n,
             told_started: None,
@@ -222,6 +220,22 @@ impl Failover {
         resumed.told_prompt = !emitted.is_empty();
         (resumed.emitted, resumed.attempts) = (emitted, attempt);
         resumed
+    }
+
+    /// The same, bound to a model. Its arithmetic binds a request that has tokens.
+    #[must_use]
+    pub fn pinned(mut self, pin: BasePin) -> Self {
+        self.pin = pin;
+        if self.emitted.is_empty() {
+            self.pin.numerics = None;
+        }
+        self
+    }
+
+    /// Whose arithmetic the tokens are of: those there are, or those of the run under way.
+    pub fn numerics(&self) -> Option<&str> {
+        let running = || self.current.as_ref().and_then(|run| run.numerics.as_deref());
+        self.pin.numerics.as_deref().or_else(running)
     }
 
     /// What the client has.
@@ -296,10 +310,10 @@ impl Failover {
         let hold =
             |free, error| Hold { since: around.now, left: Some((run.node.clone(), run.incarnation)), free, error };
         match end {
-            End::Moved(to) if !run.redirected => {
+            End::Moved(to) if !run.redirected && self.may_go_on(around.table, &to) => {
                 self.n_runs -= 1;
                 let incarnation = around.table.members().get(&to).map_or(0, |member| member.incarnation);
-                return vec![self.start(to, incarnation, true)];
+                return vec![self.start(around.table, to, incarnation, true)];
             }
             End::Moved(_) => self.refused(&run, hold(true, no_node())),
             End::Refused(error) => self.refused(&run, hold(true, error)),
@@ -437,6 +451,9 @@ impl Failover {
             // A fifth of the new gap: a few slow steps in a row become usual, one does not.
             self.gap = gap.map(|gap| self.gap.map_or(gap, |usual| (usual * 4 + gap) / 5)).or(self.gap);
             run.n_tokens += 1;
+            if self.pin.numerics.is_none() {
+                self.pin.numerics.clone_from(&run.numerics);
+            }
         }
         self.progress_at = Some(now);
         loser.filter(|attempt| *attempt > 0)
@@ -499,7 +516,10 @@ impl Failover {
         let Some(hold) = self.hold.clone() else { return Vec::new() };
         let left = hold.left.as_ref().map(|(node, _)| node);
         let known_dead = hold.left.as_ref().is_some_and(|(node, life)| is_dead(around.table, node, *life));
-        let candidates = around.table.candidates(&self.place, &self.tenant);
+        let mut candidates = around.table.candidates(&self.place, &self.tenant);
+        let n_candidates = candidates.len();
+        candidates.retain(|candidate| self.may_go_on(around.table, &candidate.node));
+        let error = if candidates.len() < n_candidates { no_like_node() } else { hold.error.clone() };
         // The node it just left only if it came back as another life, and after all others.
         let others = candidates.iter().filter(|c| Some(&c.node) != left);
         let again = candidates.iter().filter(|c| Some(&c.node) == left && known_dead);
@@ -508,13 +528,17 @@ impl Failover {
         match next {
             Some(next) if hold.free || known_dead || around.budget.withdraw(around.now) => {
                 self.hold = None;
-                vec![self.start(next.node, next.incarnation, false)]
+                vec![self.start(around.table, next.node, next.incarnation, false)]
             }
             // Whoever may be asked has refused: waiting brings the same.
-            None if refusals >= candidates.len().max(1) => self.give_up(hold.error),
-            _ if around.now.saturating_duration_since(hold.since) >= HOLD_MAX => self.give_up(hold.error),
+            None if refusals >= candidates.len().max(1) => self.give_up(error),
+            _ if around.now.saturating_duration_since(hold.since) >= HOLD_MAX => self.give_up(error),
             _ => Vec::new(),
         }
+    }
+
+    fn may_go_on(&self, table: &RoutingTable, node: &NodeId) -> bool {
+        likeness::may_go_on(&self.pin, table.says(node, &self.place.base))
     }
 
     fn may_use(&self, candidate: &Candidate) -> bool {
@@ -533,20 +557,22 @@ impl Failover {
         let candidates = around.table.candidates(&self.place, &self.tenant);
         let other = candidates
             .into_iter()
+            .filter(|c| self.may_go_on(around.table, &c.node))
             .find(|c| c.good && c.node != current.node && self.may_use(c) && allowed(c) && idle(c));
         let Some(other) = other.filter(|_| around.budget.withdraw(around.now)) else { return Vec::new() };
         self.n_hedges += 1;
         self.attempts += 1;
         let attempt = self.attempts;
-        self.challenger = Some(Run { attempt, ..run_of(other.node.clone(), other.incarnation) });
+        let run = run_of(around.table, &self.place, other.node.clone(), other.incarnation);
+        self.challenger = Some(Run { attempt, ..run });
         vec![Command::Start { attempt, node: other.node, redirected: false }]
     }
 
-    fn start(&mut self, node: NodeId, incarnation: u64, redirected: bool) -> Command {
+    fn start(&mut self, table: &RoutingTable, node: NodeId, incarnation: u64, redirected: bool) -> Command {
         self.attempts += 1;
         self.n_runs += 1;
         let attempt = self.attempts;
-        self.current = Some(Run { attempt, redirected, ..run_of(node.clone(), incarnation) });
+        self.current = Some(Run { attempt, redirected, ..run_of(table, &self.place, node.clone(), incarnation) });
         Command::Start { attempt, node, redirected }
     }
 
@@ -555,10 +581,6 @@ impl Failover {
         self.hold = None;
         vec![Command::Fail(error)]
     }
-}
-
-fn run_of(node: NodeId, incarnation: u64) -> Run {
-    Run { attempt: 0, node, incarnation, redirected: false, started: false, n_tokens: 0 }
 }
 
 /// What that life of a node had is lost.

@@ -18,7 +18,7 @@ use shared::clock::Clock;
 use shared::error::{ErrorKind, RequestError};
 use shared::hash::ContentHash;
 use shared::id::NodeId;
-use shared::request::{Emitted, Envelope, Grammar};
+use shared::request::{BasePin, Emitted, Envelope, Grammar};
 use shared::token::TokenEvent;
 use tokio::sync::mpsc;
 use wire::node::{Answer, JournalRecord, Request, Response, Start};
@@ -113,8 +113,9 @@ impl<C: Carrier> Forwarder<C> {
     /// `answer` says how its client is answered, in the gateway's own words. None is kept where the journey's region has
     /// no other node that lives.
     pub async fn forward_kept(&self, journey: Journey, answer: Vec<u8>, events: mpsc::Sender<TokenEvent>) {
-        let journal =
-            Journal { trail: Trail::new(journey.envelope.id, journey.place.region.clone()), answer, putting: None };
+        let numerics = journey.envelope.pin.numerics.clone();
+        let trail = Trail::new(journey.envelope.id, journey.place.region.clone());
+        let journal = Journal { trail, answer, numerics, putting: None };
         self.carry(journey, Some(journal), events).await;
     }
 
@@ -131,6 +132,7 @@ impl<C: Carrier> Forwarder<C> {
         } else {
             Failover::resumed(place, tenant, emitted, attempt, envelope.fell_back, mark)
         };
+        let failover = failover.pinned(envelope.pin.clone());
         let tables = self.tables.clone();
         let ride = Ride {
             forwarder: self,
@@ -179,6 +181,8 @@ type Putting = Pin<Box<dyn Future<Output = (NodeId, Kept)> + Send>>;
 struct Journal {
     trail: Trail,
     answer: Vec<u8>,
+    /// Whose arithmetic it is, as the record says.
+    numerics: Option<String>,
     putting: Option<Putting>,
 }
 
@@ -380,7 +384,7 @@ impl<C: Carrier> Ride<'_, C> {
     fn start(&mut self, attempt: Attempt, node: NodeId, redirected: bool) {
         self.attempt = attempt;
         let epoch = if redirected { SERVE_HERE } else { self.tables.borrow().epoch() };
-        let envelope = told(&self.envelope, self.fell_back);
+        let envelope = told(&self.envelope, self.fell_back, self.failover.numerics());
         let start = Start { envelope, attempt, epoch, emitted: self.failover.emitted().clone() };
         tracing::debug!(request_id = %self.envelope.id, %node, attempt, redirected, "run starts");
         let (carrier, to) = (self.forwarder.carrier.clone(), node.clone());
@@ -402,13 +406,18 @@ impl<C: Carrier> Ride<'_, C> {
     fn write(&mut self) {
         let now = self.now();
         let Some(journal) = &mut self.journal else { return };
+        let numerics = self.failover.numerics();
+        if journal.numerics.as_deref() != numerics {
+            journal.trail.on_change();
+            journal.numerics = numerics.map(str::to_owned);
+        }
         journal.trail.on_table(&self.tables.borrow());
         let emitted = self.failover.emitted();
         let Some((keeper, put)) = journal.trail.next(now, emitted, self.attempt) else { return };
         let request = match put {
             Put::Add(deltas) => Request::JournalPut(deltas),
             Put::Open => Request::JournalOpen(Box::new(JournalRecord {
-                envelope: told(&self.envelope, self.fell_back),
+                envelope: told(&self.envelope, self.fell_back, numerics),
                 attempt: self.attempt,
                 answer: journal.answer.clone(),
                 emitted: emitted.clone(),
@@ -477,8 +486,9 @@ impl<C: Carrier> Ride<'_, C> {
 }
 
 /// The request as other nodes are to know it.
-fn told(envelope: &Envelope, fell_back: bool) -> Envelope {
-    let envelope = envelope.clone();
+fn told(envelope: &Envelope, fell_back: bool, numerics: Option<&str>) -> Envelope {
+    let pin = BasePin { hash: envelope.pin.hash, numerics: numerics.map(str::to_owned) };
+    let envelope = Envelope { pin, ..envelope.clone() };
     if fell_back { Envelope { adapter: None, fell_back: true, ..envelope } } else { envelope }
 }
 

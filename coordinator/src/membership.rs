@@ -10,7 +10,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shared::cluster::{Heartbeat, NodeLoad, NodePhase};
+use shared::hash::ContentHash;
 use shared::id::{BaseName, NodeId};
+use wire::node::ServedBase;
 
 pub mod detector;
 
@@ -56,9 +58,16 @@ pub struct Member {
     pub share: u32,
     /// How busy it says it is.
     pub load: NodeLoad,
+    /// The bases it says it serves; `None` before it has said so.
+    pub serves: Option<Arc<[ServedBase]>>,
 }
 
 impl Member {
+    /// What it says of a base.
+    pub fn says(&self, base: &BaseName) -> Option<&ServedBase> {
+        self.serves.as_ref()?.iter().find(|served| served.name == *base)
+    }
+
     /// New requests may go there.
     pub fn takes_requests(&self) -> bool {
         self.health == Health::Alive && self.phase == NodePhase::Serving
@@ -74,6 +83,28 @@ pub struct ClusterView {
     pub me: NodeId,
     /// Every node of the configuration, this one too.
     pub members: BTreeMap<NodeId, Member>,
+}
+
+// === impl ClusterView ===
+
+impl ClusterView {
+    /// The content of a base that counts, as one of its hosts says: that of most nodes that live, then of most that ever
+    /// said, then of the first by name. Hosts with another one do not serve the base.
+    pub fn agreed(&self, base: &BaseName) -> Option<&ServedBase> {
+        let words = || self.members.values().filter_map(|member| Some((member, member.says(base)?)));
+        let lives = |member: &Member| !matches!(member.health, Health::Dead | Health::Absent);
+        let mut votes = BTreeMap::<ContentHash, (usize, usize)>::new();
+        for (member, said) in words() {
+            let (living, all) = votes.entry(said.hash).or_default();
+            *living += usize::from(lives(member));
+            *all += 1;
+        }
+        // `max_by_key` takes the last of equals, so the first by name comes last.
+        let most = words().rev().max_by_key(|(_, said)| votes.get(&said.hash))?.1.hash;
+        // Of those who say it, one that lives and has its text to give.
+        let alike = words().rev().filter(|(_, said)| said.hash == most);
+        alike.max_by_key(|(member, said)| (said.text.is_some(), lives(member))).map(|(_, said)| said)
+    }
 }
 
 /// How far a view differs from the one before.
@@ -110,6 +141,8 @@ pub struct Membership {
     epoch: u64,
     epoch_heard: u64,
     peers: BTreeMap<NodeId, Peer>,
+    /// What every node, this one too, says it serves.
+    serves: BTreeMap<NodeId, Arc<[ServedBase]>>,
     view: Arc<ClusterView>,
 }
 
@@ -144,6 +177,7 @@ impl Membership {
             epoch: 0,
             epoch_heard: 0,
             peers,
+            serves: BTreeMap::new(),
             view: Arc::new(view),
         };
         let _ = membership.renew(now);
@@ -161,6 +195,11 @@ impl Membership {
             self.epoch_heard = self.epoch_heard.max(beat.epoch);
             peer.detector.on_heartbeat(now, beat);
         }
+    }
+
+    /// A node, which may be this one, says what it serves.
+    pub fn on_hello(&mut self, from: &NodeId, serves: Arc<[ServedBase]>) {
+        self.serves.insert(from.clone(), serves);
     }
 
     /// The connection to a peer broke.
@@ -224,12 +263,13 @@ impl Membership {
         // Suspicion comes and goes; it moves nobody's home.
         let serves = |member: &Member| {
             let serves = matches!(member.health, Health::Alive | Health::Suspect) && member.phase == NodePhase::Serving;
-            (serves, member.share, member.incarnation)
+            (serves, member.share, member.incarnation, member.serves.clone())
         };
         if !members.values().map(serves).eq(old.values().map(serves)) {
             self.epoch = self.epoch.max(self.epoch_heard) + 1;
         }
-        let opens = |member: &Member| (member.health, member.phase, member.share, member.incarnation);
+        let opens =
+            |member: &Member| (member.health, member.phase, member.share, member.incarnation, member.serves.clone());
         let same = members.values().map(opens).eq(old.values().map(opens));
         let change = if same { Change::Load } else { Change::Placement };
         self.view = Arc::new(ClusterView { epoch: self.epoch, me: self.me.id.clone(), members });
@@ -244,8 +284,13 @@ impl Membership {
             incarnation: self.own.incarnation,
             share: share(now.saturating_duration_since(self.started_at), oldest),
             load: self.own.load,
+            serves: self.serves.get(&self.me.id).cloned(),
         };
-        let peers = self.peers.iter().map(move |(id, peer)| (id.clone(), peer.member(now, oldest)));
+        let member = move |peer: &Peer| {
+            let serves = self.serves.get(&peer.spec.id).cloned();
+            Member { serves, ..peer.member(now, oldest) }
+        };
+        let peers = self.peers.iter().map(move |(id, peer)| (id.clone(), member(peer)));
         peers.chain([(self.me.id.clone(), me)])
     }
 
@@ -275,6 +320,7 @@ impl Peer {
             incarnation: last.map_or(0, |beat| beat.incarnation),
             share,
             load: last.map(|beat| beat.load).unwrap_or_default(),
+            serves: None,
         }
     }
 

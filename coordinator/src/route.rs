@@ -11,6 +11,7 @@ use std::time::Duration;
 use shared::cluster::{NodeLoad, NodePhase};
 use shared::error::{ErrorKind, RequestError};
 use shared::id::{BaseName, NodeId, TenantId};
+use wire::node::ServedBase;
 
 use crate::membership::detector::Health;
 use crate::membership::{ClusterView, Member, MemberSpec};
@@ -114,6 +115,31 @@ impl RoutingTable {
     /// Every node of the configuration.
     pub fn members(&self) -> &BTreeMap<NodeId, Member> {
         &self.view.members
+    }
+
+    /// What a base is to all, as one of its hosts says.
+    pub fn agreed(&self, base: &BaseName) -> Option<&ServedBase> {
+        self.view.agreed(base)
+    }
+
+    /// What a node says of a base.
+    pub fn says(&self, node: &NodeId, base: &BaseName) -> Option<&ServedBase> {
+        self.members().get(node)?.says(base)
+    }
+
+    /// Nodes that say something else of a base than the others. One with another content is given nothing of it; one with
+    /// other arithmetic only what begins there.
+    pub fn unlike(&self) -> Vec<(&NodeId, &ServedBase)> {
+        let mut found = Vec::new();
+        for (node, member) in self.members() {
+            for said in member.serves.iter().flat_map(|said| said.iter()) {
+                let agreed = self.agreed(&said.name).map(|agreed| (agreed.hash, &agreed.numerics_id));
+                if agreed != Some((said.hash, &said.numerics_id)) {
+                    found.push((node, said));
+                }
+            }
+        }
+        found
     }
 
     /// Home and successor of a tenant, alive or not: where its adapters should be warm.
@@ -276,7 +302,11 @@ impl Routes {
             }
         }
         for (place, nodes) in &mut places {
+            let agreed = view.agreed(&place.base).map(|agreed| agreed.hash);
+            // One of which nothing is known yet is taken at the cluster file's word.
+            let alike = |member: &&Member| member.says(&place.base).is_none_or(|said| Some(said.hash) == agreed);
             let here = view.members.values().filter(|member| place.admits(&member.spec) && member.share > 0);
+            let here = here.filter(alike);
             let points =
                 |member: &Member| POINTS_PER_PART.saturating_mul(member.share).saturating_mul(member.spec.capacity);
             nodes.extend(here.map(|member| (member.spec.id.clone(), points(member))));

@@ -17,14 +17,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use ::wire::client::Have;
-use ::wire::node::Resident;
+use ::wire::node::{Resident, ServedBase};
 use adapters::Store;
 use coordinator::admission::{Admission, Demand, RateStatus, Reservation};
 use coordinator::auth::{AuthError, AuthedTenant, Scope};
 use coordinator::journal::idempotency::{Claims, RequestIds};
 use coordinator::registry::Registry;
 use coordinator::resolve::{Target, resolve, visible_models};
-use coordinator::route::no_node;
+use coordinator::route::{Place, no_node};
 use parking_lot::Mutex;
 use shared::adapter::{AdapterRef, Residency};
 use shared::clock::Clock;
@@ -32,11 +32,13 @@ use shared::cluster::{NodeLoad, NodePhase};
 use shared::config::{ClusterConfig, NodeConfig};
 use shared::error::{ErrorKind, RequestError};
 use shared::id::{BaseName, NodeId, RequestId, Route, TenantId};
-use shared::request::{Emitted, Envelope, Generation};
+use shared::request::{BasePin, Emitted, Envelope, Generation};
 use shared::tenant::TenantContract;
 use tokio::sync::{Notify, Semaphore, watch};
 
 use crate::base_room::BaseRoom;
+use crate::base_text::BaseText;
+use crate::base_texts::BaseTexts;
 use crate::cluster::{ClusterNode, member_spec, place};
 use crate::gateway::backend::{
     Backend, CancelOnDrop, Check, Events, ModelCard, Prepared, RateState, Refused, Resumed, Running, Served,
@@ -58,6 +60,7 @@ pub struct App {
     registry: Registry,
     admission: Arc<Mutex<Admission>>,
     rooms: BTreeMap<BaseName, Arc<BaseRoom>>,
+    texts: Arc<BaseTexts>,
     store: Store,
     journal: Journal,
     cluster: Option<Arc<ClusterNode>>,
@@ -88,8 +91,10 @@ pub struct AppParts {
     pub clock: Arc<dyn Clock>,
     /// Tenants.
     pub registry: Registry,
-    /// Bases by name.
+    /// Bases that this node hosts, by name.
     pub rooms: BTreeMap<BaseName, Arc<BaseRoom>>,
+    /// What takes requests for all bases of the cluster.
+    pub texts: Arc<BaseTexts>,
     /// Adapter files.
     pub store: Store,
     /// Usage records.
@@ -105,7 +110,7 @@ pub struct AppParts {
 impl App {
     /// Puts the parts together.
     pub fn new(parts: AppParts) -> Self {
-        let AppParts { config, node, clock, registry, rooms, store, journal, cluster, request_ids } = parts;
+        let AppParts { config, node, clock, registry, rooms, texts, store, journal, cluster, request_ids } = parts;
         let (draining, encoding) = (AtomicBool::new(false), Semaphore::new(ENCODING_AT_ONCE));
         let (checking, changing) = (Semaphore::new(upload::CHECKED_AT_ONCE), tokio::sync::Mutex::default());
         let (admission, stop) = (Arc::default(), watch::Sender::new(false));
@@ -116,6 +121,7 @@ impl App {
             registry,
             admission,
             rooms,
+            texts,
             store,
             journal,
             cluster,
@@ -146,9 +152,14 @@ impl App {
         &self.registry
     }
 
-    /// Bases by name.
+    /// Bases that this node hosts, by name.
     pub fn rooms(&self) -> &BTreeMap<BaseName, Arc<BaseRoom>> {
         &self.rooms
+    }
+
+    /// What takes requests for all bases of the cluster.
+    pub fn texts(&self) -> &Arc<BaseTexts> {
+        &self.texts
     }
 
     /// Adapter files.
@@ -257,6 +268,15 @@ impl App {
         })
     }
 
+    /// What takes requests for a base, in the content that counts in this cluster.
+    fn text(&self, base: &BaseName) -> Result<Arc<BaseText>, RequestError> {
+        self.texts.get(base, self.agreed(base).map(|agreed| agreed.hash))
+    }
+
+    fn agreed(&self, base: &BaseName) -> Option<ServedBase> {
+        self.cluster.as_ref()?.coordinator().tables().borrow().agreed(base).cloned()
+    }
+
     /// False on a node that has just joined and has not heard of any tenant: what it does not know, others may.
     fn knows_tenants(&self) -> bool {
         self.registry.snapshot().epoch() > 0 || self.registry.status().borrow().leader.is_some()
@@ -296,13 +316,14 @@ impl App {
 
         // Which weights? A name that is not the tenant's own goes nowhere.
         let target = resolve(&contract, &request.model)?;
-        let room = Arc::clone(self.room(&target.base)?);
-        if self.cluster.is_none() && !place(&target.base, &contract).admits(&member_spec(&self.node)) {
+        let place = place(&target.base, &contract);
+        if self.cluster.is_none() && !place.admits(&member_spec(&self.node)) {
             return Err(no_node().into());
         }
+        let text = self.text(&target.base)?;
 
         // What exactly is to be generated? Template, tokenizer, context, vocabulary, grammar.
-        let mut generation = encode::encode(&room, &contract.tenant, &mut request, &self.encoding).await?;
+        let mut generation = encode::encode(&text, &contract.tenant, &mut request, &self.encoding).await?;
         if request.max_tokens.is_none() {
             encode::clamp_answer(&mut generation, contract.limits.tokens_per_minute);
         }
@@ -321,7 +342,10 @@ impl App {
 
         // Where does it run? Alone: here, and the queue answers at once (waiting, or 429). Otherwise where the
         // cluster says, and whatever is wrong there comes as an event.
-        let envelope = Arc::new(self.envelope(who, &contract, &target, &request, Arc::clone(&generation), now));
+        let envelope = self.envelope(who, &contract, &target, &request, Arc::clone(&generation), now);
+        let pin = BasePin { hash: Some(text.info.hash), numerics: None };
+        let envelope = Arc::new(Envelope { pin, ..envelope });
+        let numerics = self.numerics(&text, &envelope, &place);
         let serving = match &self.cluster {
             Some(cluster) => {
                 let answer = request.answering.take().map(|answering| self.kept(who, &contract, &request, answering));
@@ -335,7 +359,17 @@ impl App {
 
         let tap = self.tap(who, &contract, &envelope, reserved.keep());
         let events = Events::new(serving.events, Box::new(tap)).until(self.stop.subscribe());
-        Ok(running(&room, request.model, &envelope, events, Some(admitted.rate), serving.cancel))
+        Ok(running(&text, numerics, request.model, &envelope, events, Some(admitted.rate), serving.cancel))
+    }
+
+    /// Names the arithmetic of an answer: that of the tokens there are, or of the node that is likely to compute it.
+    fn numerics(&self, text: &BaseText, envelope: &Envelope, place: &Place) -> String {
+        let likely = || {
+            let table = self.cluster.as_ref()?.coordinator().tables().borrow();
+            let first = table.candidates(place, &envelope.route.tenant).into_iter().next()?;
+            table.says(&first.node, &place.base).map(|said| said.numerics_id.clone())
+        };
+        envelope.pin.numerics.clone().or_else(likely).unwrap_or_else(|| text.info.numerics_id())
     }
 
     fn kept(&self, who: &AuthedTenant, contract: &TenantContract, request: &Prepared, answering: Vec<u8>) -> Vec<u8> {
@@ -361,6 +395,7 @@ impl App {
             concurrency: contract.limits.concurrency,
             queue_depth: contract.limits.queue_depth,
             base: target.base.clone(),
+            pin: BasePin::default(),
             adapter: target.adapter.clone(),
             fell_back: target.fell_back,
             cache_secret: *who.cache_secret(),
@@ -416,18 +451,18 @@ impl Backend for App {
         let snapshot = self.registry.snapshot();
         let Some(view) = snapshot.tenant(who.tenant()) else { return Vec::new() };
         let record = view.record();
-        let models = visible_models(view.contract()).into_iter().filter_map(|model| {
-            let room = self.rooms.get(&model.base)?;
+        let models = visible_models(view.contract()).into_iter().map(|model| {
+            let context = self.text(&model.base).ok().map(|text| text.context);
             let stored = model.version.as_ref().and_then(|name| record.adapters.get(name));
-            Some(ModelCard {
+            ModelCard {
                 created: stored.map_or(record.created_at_s, |adapter| adapter.uploaded_at_s),
                 owned_by: if stored.is_some() { record.tenant().to_string() } else { "tenantry".to_owned() },
                 root: model.version.as_ref().map(ToString::to_string),
                 parent: (model.id != model.base.as_str()).then(|| model.base.to_string()),
-                max_model_len: u32::try_from(room.context()).unwrap_or(u32::MAX),
+                max_model_len: context.map(|context| u32::try_from(context).unwrap_or(u32::MAX)),
                 adapter_generation: stored.map(|adapter| adapter.hash.to_string()),
                 id: model.id,
-            })
+            }
         });
         models.collect()
     }
@@ -472,6 +507,12 @@ impl Backend for App {
         if let Some(cluster) = &self.cluster {
             let detail = "every other node has been heard, or waited for".to_owned();
             checks.push(Check { name: "cluster", ok: cluster.has_looked_round(), detail });
+            let missing = |base: &BaseName| {
+                self.text(base).is_err() && self.agreed(base).is_some_and(|agreed| agreed.text.is_some())
+            };
+            let ok = !self.config.bases.iter().any(|base| missing(&base.name));
+            let detail = "the texts of all bases that other nodes offer are here".to_owned();
+            checks.push(Check { name: "base_texts", ok, detail });
             let detail = "tenants are known, and every voter of the cluster file votes".to_owned();
             checks.push(Check { name: "registry", ok: self.knows_tenants() && self.voters_vote(), detail });
         }
@@ -508,7 +549,8 @@ impl Drop for Reserved<'_> {
 }
 
 fn running(
-    room: &BaseRoom,
+    text: &BaseText,
+    numerics_id: String,
     model: String,
     envelope: &Envelope,
     events: Events,
@@ -521,14 +563,14 @@ fn running(
         adapter: envelope.adapter.as_ref().map(|pin| pin.name.to_string()),
         adapter_hash: envelope.adapter.as_ref().map(|pin| pin.hash.to_string()),
         fell_back: envelope.fell_back,
-        numerics_id: room.model.info.numerics_id(),
+        numerics_id,
     };
     Running {
         events,
         cancel,
         served,
         prompt_tokens: Arc::clone(&envelope.generation.prompt),
-        token_text: Arc::new(encode::TokenTexts(Arc::clone(&room.vocabulary))),
+        token_text: Arc::new(encode::TokenTexts(Arc::clone(&text.vocabulary))),
         rate: rate.map(rate_state),
     }
 }

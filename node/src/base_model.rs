@@ -124,7 +124,7 @@ fn guarded(run: impl FnOnce() -> Result<EngineEnd, String>) -> Result<EngineEnd,
 fn run_engine(room: &Arc<BaseRoom>, clock: Arc<dyn Clock>) -> Result<EngineEnd, String> {
     let runtime = runtime(room).map_err(|error| error.to_string())?;
     let source = EngineSource::new(Arc::clone(room));
-    let engine = Engine::new(runtime, source, Arc::clone(&room.vocabulary), clock, room.engine.scheduling.clone());
+    let engine = Engine::new(runtime, source, Arc::clone(&room.text.vocabulary), clock, room.engine.scheduling.clone());
     room.engine_started(engine.stats());
     room.set_up(true);
     tracing::info!(base = %room.name, context = room.context(), "engine running");

@@ -1,6 +1,7 @@
-//! Everything of one base model on this node: weights, queue, adapters, grammars, and how its engine fares.
+//! Everything of one base model that this node hosts: weights, queue, adapters, and how its engine fares.
 //!
-//! Built once at start; the actors below the supervisor keep its parts moving, the app submits into it.
+//! Built once at start; the actors below the supervisor keep its parts moving, the app submits into it. What takes
+//! requests, also for bases of other nodes, is [`crate::base_text`].
 
 use std::path::Path;
 use std::sync::Arc;
@@ -9,20 +10,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use adapters::cache::Command;
 use adapters::{AdapterCache, Loader};
 use arc_swap::ArcSwap;
-use kernels::kv::PAGE_TOKENS;
 use model::base::BaseModel;
 use model::forward::RuntimeOptions;
 use model::info::Numerics;
 use parking_lot::Mutex;
 use queue::{FairConfig, Queue};
 use scheduler::engine::{EngineConfig, EngineSnapshot, EngineStats};
-use scheduler::grammar::GrammarCompiler;
 use scheduler::plan::reserve::ClassReserve;
-use scheduler::vocab::Vocabulary;
 use shared::config::{BaseConfig, ClusterConfig};
 use shared::id::{BaseName, TenantId};
 use tokio::sync::mpsc;
 
+use crate::base_text::{BaseText, kv_pages};
 use crate::engine_source::Payload;
 
 /// Longest that the other classes may keep a reserved class's row waiting: one step of the default size on two
@@ -37,10 +36,8 @@ pub struct BaseRoom {
     pub name: BaseName,
     /// The frozen model.
     pub model: Arc<BaseModel>,
-    /// Text and kinds of its tokens.
-    pub vocabulary: Arc<Vocabulary>,
-    /// Compiles answer constraints.
-    pub grammars: GrammarCompiler,
+    /// What of it is text.
+    pub text: Arc<BaseText>,
     /// Whose turn it is.
     pub queue: Queue<Payload>,
     /// Which adapters are in memory.
@@ -79,32 +76,26 @@ pub struct EngineOptions {
 
 impl BaseRoom {
     /// Puts the parts of a loaded base together.
-    ///
-    /// # Errors
-    /// When the tokenizer cannot drive grammars.
     pub fn new(
-        name: BaseName,
+        text: Arc<BaseText>,
         model: Arc<BaseModel>,
         cache: AdapterCache,
         adapter_loading: AdapterLoading,
         config: &ClusterConfig,
-    ) -> anyhow::Result<Self> {
-        let vocabulary = Arc::new(vocabulary(&model));
-        let grammars = GrammarCompiler::new(&vocabulary)?;
-        Ok(Self {
-            engine: EngineOptions::new(&model, config),
-            queue: Queue::new(name.clone(), fair_config(config)),
+    ) -> Self {
+        Self {
+            engine: EngineOptions::new(&text, config),
+            queue: Queue::new(text.name.clone(), fair_config(config)),
             stats: ArcSwap::default(),
             earlier: Mutex::default(),
             erased: Mutex::default(),
             up: AtomicBool::new(false),
-            name,
+            name: text.name.clone(),
             model,
-            vocabulary,
-            grammars,
+            text,
             cache,
             adapter_loading,
-        })
+        }
     }
 
     /// Loads the weights named in the configuration.
@@ -126,12 +117,12 @@ impl BaseRoom {
 
     /// Longest sequence served: the model's context, or what the KV memory holds if that is less.
     pub fn context(&self) -> usize {
-        self.engine.scheduling.context
+        self.text.context
     }
 
     /// The engine is to drop what it keeps of a deleted tenant; it looks in every step and when idle.
     pub fn erase(&self, tenant: &TenantId) {
-        self.grammars.forget(tenant);
+        self.text.grammars.forget(tenant);
         self.erased.lock().push(tenant.clone());
         self.queue.wake();
     }
@@ -162,17 +153,6 @@ impl BaseRoom {
     pub fn set_up(&self, up: bool) {
         self.up.store(up, Ordering::Release);
     }
-}
-
-/// Text and kinds of a model's tokens.
-pub fn vocabulary(model: &BaseModel) -> Vocabulary {
-    let tokenizer = &model.tokenizer;
-    let n_tokens = u32::try_from(model.info.vocab.max(tokenizer.vocab_size())).unwrap_or(u32::MAX);
-    let spelling = |id: u32| match tokenizer.special_text(id) {
-        Some(text) => (text.as_bytes().to_vec(), true),
-        None => (tokenizer.token_bytes(id).to_vec(), false),
-    };
-    Vocabulary::new((0..n_tokens).map(spelling), model.info.eos.clone())
 }
 
 /// A GPU's where the binary was built for one and this machine has it.
@@ -222,7 +202,7 @@ fn fair_config(config: &ClusterConfig) -> FairConfig {
 // === impl EngineOptions ===
 
 impl EngineOptions {
-    fn new(model: &BaseModel, config: &ClusterConfig) -> Self {
+    fn new(text: &BaseText, config: &ClusterConfig) -> Self {
         let engine = &config.engine;
         let runtime = RuntimeOptions {
             threads: engine.threads,
@@ -231,8 +211,7 @@ impl EngineOptions {
             n_logits_max: engine.sequences,
             poison_freed_pages: true,
         };
-        let page_bytes = model::forward::kv_layout(&model.info).bytes_per_page().max(1);
-        let n_pages = engine.kv_bytes / page_bytes;
+        let n_pages = kv_pages(&text.info, config);
         let quota = (n_pages as f64 * engine.prefix_cache_share) as u32;
         let scheduling = EngineConfig {
             sequences_max: engine.sequences,
@@ -243,7 +222,7 @@ impl EngineOptions {
             prefix_cache: quota > 0,
             cache_quota_pages: quota,
             cache_floor_pages: CACHE_FLOOR_PAGES.min(quota),
-            ..EngineConfig::new(model.info.hash, model.info.context.min(n_pages * PAGE_TOKENS))
+            ..EngineConfig::new(text.info.hash, text.context)
         };
         Self { runtime, scheduling }
     }

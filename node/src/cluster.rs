@@ -4,7 +4,7 @@
 //! here its seams are bound: heartbeats and the registry's messages go to the peer endpoint, runs of requests to this
 //! node's engine ([`App::serve`](crate::app::App::serve)) and to peers' doors ([`crate::gateway::peer`]).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
@@ -61,6 +61,7 @@ pub struct Network {
     /// The other nodes.
     pub net: PeerNet,
     incarnation: u64,
+    bases: Arc<[ServedBase]>,
 }
 
 /// One node's part in its cluster.
@@ -75,11 +76,16 @@ pub struct ClusterNode {
     roads: Arc<Roads>,
     /// What this node keeps of other nodes' requests.
     records: Mutex<Records>,
+    /// Who serves a base otherwise than the others, as the log says.
+    unlike: Mutex<BTreeSet<Unlike>>,
     clock: Arc<dyn Clock>,
     started_at: Instant,
     /// Tell the coordinator of connections that break, as long as this lives.
     _links: JoinSet<()>,
 }
+
+/// A node and what it says of a base.
+type Unlike = (NodeId, ServedBase);
 
 /// Counts one request of another node while it runs here.
 pub struct Guest(watch::Sender<usize>);
@@ -118,13 +124,13 @@ impl Network {
         let Some(address) = node.peer.filter(|_| config.nodes.len() > 1) else { return Ok(None) };
         let identity = Identity::load(node.name.clone(), &node.data)?;
         let incarnation = u64::try_from(clock.wall().as_millis()).unwrap_or(u64::MAX);
-        let hello = Hello::new(config.name.clone(), node.name.clone(), incarnation, bases);
+        let hello = Hello::new(config.name.clone(), node.name.clone(), incarnation, bases.clone());
         let peers = config.nodes.iter().filter_map(|node| Some((node.name.clone(), node.peer?))).collect();
         let parts = EndpointParts::bind(address)
             .map_err(|error| anyhow::anyhow!("listen for other nodes on {address}: {error}"))?;
         let authority = Authority::open(&config.ca, clock.wall()).context("open the cluster's authority")?;
         let net = PeerNet::new(&identity, PeerNetConfig { hello, peers, clock, authority }, parts)?;
-        Ok(Some(Self { net, incarnation }))
+        Ok(Some(Self { net, incarnation, bases: bases.into() }))
     }
 
     /// The registry's way to the other nodes.
@@ -144,7 +150,7 @@ impl ClusterNode {
         ring_key: RingKey,
         clock: Arc<dyn Clock>,
     ) -> Arc<Self> {
-        let Network { net, incarnation } = network;
+        let Network { net, incarnation, bases } = network;
         let options = CoordinatorOptions {
             me: me.clone(),
             own: Own { incarnation, phase: NodePhase::Serving, load: NodeLoad::default() },
@@ -153,6 +159,7 @@ impl ClusterNode {
             ring_key,
         };
         let coordinator = Coordinator::new(options, Arc::new(PeerHeart(net.clone())), Arc::clone(&clock));
+        coordinator.serves(me, bases);
         let roads = Arc::new(Roads { me: me.clone(), net: net.clone(), app: OnceLock::new() });
         let forwarder = Arc::new(Forwarder::new(Arc::clone(&roads), coordinator.tables(), Arc::clone(&clock)));
         let mut links = JoinSet::new();
@@ -173,6 +180,7 @@ impl ClusterNode {
             n_guests: watch::Sender::new(0),
             roads,
             records: Mutex::default(),
+            unlike: Mutex::default(),
             started_at: clock.now(),
             clock,
             _links: links,
@@ -250,6 +258,26 @@ impl ClusterNode {
     pub async fn without_guests(&self) {
         // The sender is held above: waiting cannot fail.
         let _ = self.n_guests.subscribe().wait_for(|n| *n == 0).await;
+    }
+
+    /// Says in the log who serves a base otherwise than the others, once.
+    pub fn tell_unlike(&self) {
+        let table = self.coordinator.tables().borrow().clone();
+        let now: BTreeSet<Unlike> =
+            table.unlike().into_iter().map(|(node, said)| (node.clone(), said.clone())).collect();
+        let mut before = self.unlike.lock();
+        for (node, said) in now.difference(&before) {
+            let Some(agreed) = table.agreed(&said.name) else { continue };
+            if said.hash != agreed.hash {
+                tracing::error!(%node, base = %said.name, theirs = %said.hash.short(), others = %agreed.hash.short(), "a node serves another content under this base's name: it is left out for this base");
+            } else {
+                tracing::warn!(%node, base = %said.name, theirs = %said.numerics_id, others = %agreed.numerics_id, "a node computes this base with other arithmetic: streams do not move between it and the others");
+            }
+        }
+        for (node, said) in before.difference(&now) {
+            tracing::info!(%node, base = %said.name, "a node serves a base as the others do, or not at all");
+        }
+        *before = now;
     }
 
     /// The tenants to be placed, as the registry knows them.

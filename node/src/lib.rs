@@ -14,6 +14,8 @@ pub mod cluster;
 pub mod prewarm;
 pub mod gateway;
 pub mod admin;
+pub mod base_text;
+pub mod base_texts;
 pub mod base_room;
 pub mod engine_source;
 pub mod base_model;

@@ -359,6 +359,7 @@ pub(crate) mod tests {
             concurrency: 1,
             queue_depth: 1,
             base: "tiny".parse().expect("valid"),
+            pin: Default::default(),
             adapter: None,
             fell_back: false,
             cache_secret: [0; 32],

@@ -29,6 +29,7 @@ use tokio::task::JoinHandle;
 
 use crate::admin::{self, Admin};
 use crate::app::App;
+use crate::base_texts;
 use crate::gateway;
 use crate::gateway::backend::node_stopping;
 use crate::gateway::clients::ClientDoor;
@@ -145,6 +146,7 @@ pub async fn start(config: ClusterConfig, node: NodeConfig) -> anyhow::Result<Ru
 
     join(&app);
     prewarm::spawn(&app);
+    base_texts::spawn(&app);
     let client_router = gateway::router(Arc::clone(&app), app.config().clients.body_bytes);
     let admin_router =
         admin::router(Arc::new(Admin { app: Arc::clone(&app), key: admin_key, metrics: metrics.clone() }));
@@ -199,6 +201,7 @@ fn join(app: &Arc<App>) {
             let Some(app) = weak.upgrade() else { return };
             let Some(cluster) = app.cluster() else { return };
             cluster.say(cluster.phase(), app.load());
+            cluster.tell_unlike();
             cluster.settle_records().into_iter().for_each(|record| app.bill_for_another(record));
             if snapshots.has_changed().is_ok_and(|changed| changed) {
                 let snapshot = snapshots.borrow_and_update().clone();

@@ -105,6 +105,17 @@ impl AdapterPin {
     }
 }
 
+/// Of which model, besides its adapter, the tokens of an answer are a function: a node with another does not go on with
+/// the answer.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct BasePin {
+    /// Content of the base that the request was encoded for; `None` when a node of wire version 1 admitted it.
+    pub hash: Option<ContentHash>,
+    /// Names the arithmetic of the node that computes it, as nodes say in their hello; `None` before the first run.
+    /// Binds once the client has tokens.
+    pub numerics: Option<String>,
+}
+
 /// An admitted request.
 #[derive(Debug, Clone)]
 pub struct Envelope {
@@ -122,6 +133,8 @@ pub struct Envelope {
     pub queue_depth: u32,
     /// Base model to run on.
     pub base: BaseName,
+    /// Which content and arithmetic of it.
+    pub pin: BasePin,
     /// Adapter weights; `None` runs the base model itself.
     pub adapter: Option<AdapterPin>,
     /// True when the contract's fallback replaced a missing adapter by the base.

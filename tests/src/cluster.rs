@@ -85,6 +85,19 @@ impl Cluster {
         Self { nodes, folder: folder.to_owned() }
     }
 
+    /// Nodes whose cluster files differ, one for each of `specs`; the first one's is also everybody else's.
+    pub fn start_unlike(folder: &Path, specs: &[NodeSpec]) -> Self {
+        let places = NodePlace::cluster(specs.len());
+        write_config(folder, &specs[0], &places);
+        for (place, spec) in places.iter().zip(specs) {
+            write_config_as(&folder.join(format!("cluster-{}.toml", place.name)), spec, &places);
+        }
+        let_in(folder, &places);
+        let mut nodes: Vec<NodeProcess> = places.into_iter().map(|place| NodeProcess::launch(folder, place)).collect();
+        nodes.iter_mut().for_each(NodeProcess::wait_ready);
+        Self { nodes, folder: folder.to_owned() }
+    }
+
     /// Starts `n` nodes with relays between them, whose packets can be cut off, lost and delayed.
     pub fn start_apart(folder: &Path, spec: &NodeSpec, n: usize) -> (Self, Network) {
         let places = NodePlace::cluster(n);

@@ -46,6 +46,7 @@ impl Bench {
             incarnation: 1,
             share: SHARE_PARTS,
             load,
+            serves: None,
         };
         let members = (0..4).map(|i| (id(i), member(i))).collect();
         let tenant: TenantId = "acme".parse().expect("valid tenant");
@@ -417,5 +418,62 @@ fn a_client_that_was_told_of_its_adapter_is_not_answered_by_the_base_nor_the_oth
         assert_eq!(bench.end(1, End::Lost), [start(2, &b)]);
         assert_eq!(bench.event(2, started_on(!told)), Verdict::Ended);
         assert_eq!(bench.event(2, started_on(told)), Verdict::Drop);
+    }
+}
+
+/// What a node says of the base, by a letter for its content and a name for its arithmetic.
+fn says(content: u8, numerics: &str) -> Option<Arc<[wire::node::ServedBase]>> {
+    let (name, hash) = (place().base, shared::hash::ContentHash([content; 32]));
+    Some([wire::node::ServedBase { name, hash, text: None, numerics_id: numerics.to_owned() }].into())
+}
+
+/// A request for content 1 under way at `a`, a node with arithmetic `x`; `b` is as the arguments say.
+fn begun_beside(content: u8, numerics: &str, n_tokens: u32) -> Bench {
+    let mut bench = Bench::new();
+    let (a, b) = (bench.a.clone(), bench.b.clone());
+    bench.failover = Failover::new(place(), "acme".parse().expect("valid tenant"), 1, Mark::default())
+        .pinned(BasePin { hash: Some(shared::hash::ContentHash([1; 32])), numerics: None });
+    for member in bench.members.values_mut() {
+        member.serves = says(1, "x");
+    }
+    assert_eq!(bench.act(|failover, around| failover.begin(around)), [start(1, &a)]);
+    bench.event(1, started());
+    (0..n_tokens).for_each(|_| assert_eq!(bench.token(1), Verdict::Deliver(None)));
+    bench.members.get_mut(&b).expect("a node").serves = says(content, numerics);
+    bench
+}
+
+#[test]
+fn an_answer_goes_on_only_where_its_tokens_would_be_the_same() {
+    let failed = |commands: &[Command]| match commands.last() {
+        Some(Command::Fail(error)) => error.code,
+        _ => "nothing",
+    };
+    // Alike: as ever.
+    let mut bench = begun_beside(1, "x", 5);
+    let (a, b) = (bench.a.clone(), bench.b.clone());
+    assert_eq!(bench.failover.numerics(), Some("x"));
+    assert_eq!(bench.kill(&a).last(), Some(&start(2, &b)));
+    // Other arithmetic: not behind tokens of the first, whatever ends; without tokens it may begin there.
+    let mut bench = begun_beside(1, "y", 5);
+    assert_eq!(bench.kill(&a), [Command::Cancel(1), Command::Mark]);
+    assert_eq!(failed(&bench.wait(4000)), "no_like_node");
+    let mut bench = begun_beside(1, "y", 5);
+    assert_eq!(bench.set(&a, |member| member.health = Health::Suspect), [], "no challenger either");
+    let mut bench = begun_beside(1, "y", 0);
+    assert_eq!(bench.kill(&a).last(), Some(&start(2, &b)));
+    assert_eq!(bench.failover.numerics(), Some("y"), "nothing binds it to the first");
+}
+
+#[test]
+fn a_node_with_another_content_is_never_sent_a_request_encoded_for_this_one() {
+    for n_tokens in [0, 5] {
+        let mut bench = begun_beside(2, "x", n_tokens);
+        let (a, b) = (bench.a.clone(), bench.b.clone());
+        let commands = bench.end(1, End::Moved(b.clone()));
+        assert!(!commands.iter().any(|command| matches!(command, Command::Start { node, .. } if *node == b)));
+        let mut bench = begun_beside(2, "x", n_tokens);
+        let commands = [bench.kill(&a), bench.wait(4000)].concat();
+        assert!(!commands.iter().any(|command| matches!(command, Command::Start { node, .. } if *node == b)));
     }
 }

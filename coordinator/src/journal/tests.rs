@@ -43,7 +43,7 @@ fn table_with(n: usize, me: usize, seen: impl Fn(usize) -> (Health, u64, MemberS
     let member = |i: usize| {
         let (health, incarnation, spec) = seen(i);
         let (spec, phase, load) = (Arc::new(spec), NodePhase::Serving, NodeLoad { running: 0, places: 8, waiting: 0 });
-        Member { spec, health, phase, incarnation, share: SHARE_PARTS, load }
+        Member { spec, health, phase, incarnation, share: SHARE_PARTS, load, serves: None }
     };
     let members: BTreeMap<NodeId, Member> = (0..n).map(|i| (node(i), member(i))).collect();
     let view = ClusterView { epoch: 1, me: node(me), members };
@@ -72,6 +72,7 @@ pub(crate) fn envelope(at: Instant, prompt: &[u32]) -> Envelope {
         concurrency: 4,
         queue_depth: 16,
         base: "smollm2".parse().expect("valid base"),
+        pin: Default::default(),
         adapter: None,
         fell_back: false,
         cache_secret: [0; 32],

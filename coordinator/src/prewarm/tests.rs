@@ -123,6 +123,7 @@ fn a_new_node_is_told_of_the_routes_it_gets() {
             incarnation: 1,
             share: SHARE_PARTS,
             load: Default::default(),
+            serves: None,
         };
         (id, member)
     };

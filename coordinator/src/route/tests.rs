@@ -25,6 +25,7 @@ fn member(spec: MemberSpec) -> Member {
         incarnation: 1,
         share: SHARE_PARTS,
         load,
+        serves: None,
     }
 }
 
@@ -187,4 +188,32 @@ fn heavy_tenants_are_balanced_and_rings_are_kept() {
     assert!(Arc::ptr_eq(&after.rings, &routes.table(view(4)).rings), "same tenants, same rings");
     let left = (0..300).filter(heavy).filter(|i| *after.owners(&place(), &tenant(*i)).expect("three").home != id(1));
     assert!(left.count() > 20);
+}
+
+#[test]
+fn the_content_that_most_living_nodes_serve_is_the_base_and_others_get_nothing_of_it() {
+    let says = |content: u8| {
+        let hash = shared::hash::ContentHash([content; 32]);
+        Some([ServedBase { name: base(), hash, text: None, numerics_id: "x".to_owned() }].into())
+    };
+    let contents = |contents: &'static [u8], dead: &'static [usize]| {
+        table(contents.len(), move |i, seen, _| {
+            seen.serves = says(contents[i]);
+            if dead.contains(&i) {
+                seen.health = Health::Dead;
+            }
+        })
+    };
+    let agreed = |table: &RoutingTable| table.agreed(&base()).map(|said| said.hash.0[0]);
+    let odd = contents(&[1, 2, 1], &[]);
+    assert_eq!(agreed(&odd), Some(1));
+    assert!((0..50).all(|i| !asked(&odd, &place(), i).contains(&id(1))), "it is on no ring");
+    assert_eq!(odd.unlike().into_iter().map(|(node, _)| node.clone()).collect::<Vec<_>>(), [id(1)]);
+    // Ties go to who lives, then to more words, then to the first.
+    assert_eq!(agreed(&contents(&[1, 2], &[])), Some(1));
+    assert_eq!(agreed(&contents(&[1, 2], &[0])), Some(2));
+    assert_eq!(agreed(&contents(&[2, 1, 1], &[1])), Some(1));
+    // Who has said nothing yet is believed.
+    let silent = table(2, |i, seen, _| seen.serves = if i == 0 { says(1) } else { None });
+    assert!((0..50).any(|i| asked(&silent, &place(), i)[0] == id(1)));
 }

@@ -12,6 +12,7 @@ mod hash;
 pub(crate) mod panels;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::gguf::check::GgufError;
 use crate::info::{ModelInfo, Numerics};
@@ -105,7 +106,7 @@ pub struct BaseModel {
     /// Tokenizer.
     pub tokenizer: Tokenizer,
     /// Chat template, when the model has one.
-    pub template: Option<ChatTemplate>,
+    pub template: Option<Arc<ChatTemplate>>,
 }
 
 impl BaseModel {

@@ -11,15 +11,18 @@ mod tensors;
 pub mod write;
 
 use std::fs::File;
-use std::io::{BufReader, Seek};
+use std::io::{BufReader, Read, Seek};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use shared::hash::ContentHash;
 
 use crate::base::assemble::{self, Naming};
-use crate::base::{BaseModel, LoadError, check_vocabulary, family, hash_files, panels};
+use crate::base::family::{self, FamilyRules};
+use crate::base::{BaseModel, LoadError, check_vocabulary, hash_files, panels};
 use crate::info::{ModelInfo, Numerics};
 use crate::template::ChatTemplate;
+use crate::text::ModelText;
 use crate::tokenizer::Tokenizer;
 
 use self::check::{GgufFile, Limits, Texts};
@@ -49,6 +52,24 @@ fn load_checked(
     numerics: Numerics,
     panels: Option<&Path>,
 ) -> Result<BaseModel, LoadError> {
+    let (mut text, rules, tied) = read_text(header, hash, numerics)?;
+    let mut tensors = GgufTensors::new(file, header);
+    if header.tensor(ROPE_FREQS).is_some() {
+        facts::apply_rope_freqs(&mut text.info, &mut tensors)?;
+    }
+    let weights = panels::weights(panels, &hash, &mut tensors, |source| {
+        assemble::weights(&text.info, rules, Naming::Gguf, tied, source)
+    })?;
+    let ModelText { info, tokenizer, template } = text;
+    Ok(BaseModel { info, weights, tokenizer, template })
+}
+
+/// Everything but the weights, and whether the head is the embedding.
+fn read_text(
+    header: &GgufFile,
+    hash: ContentHash,
+    numerics: Numerics,
+) -> Result<(ModelText, &'static FamilyRules, bool), LoadError> {
     if header.text("general.type").is_some_and(|kind| kind != "model") {
         let found = header.text("general.type").unwrap_or_default();
         return Err(LoadError::unsupported("general.type", found, "a base model; adapters belong to tenants"));
@@ -66,18 +87,40 @@ fn load_checked(
     let tokenizer = Tokenizer::from_gguf(header)?;
     info.eos = facts::ends(header, &tokenizer);
     assemble::check_specials(&info)?;
-    let mut tensors = GgufTensors::new(file, header);
-    if header.tensor(ROPE_FREQS).is_some() {
-        facts::apply_rope_freqs(&mut info, &mut tensors)?;
-    }
-    let weights = panels::weights(panels, &hash, &mut tensors, |source| {
-        assemble::weights(&info, rules, Naming::Gguf, tied, source)
-    })?;
     let template = match header.text("tokenizer.chat_template") {
-        Some(source) => Some(template(source, &info, &tokenizer)?),
+        Some(source) => Some(Arc::new(template(source, &info, &tokenizer)?)),
         None => None,
     };
-    Ok(BaseModel { info, weights, tokenizer, template })
+    Ok((ModelText { info, tokenizer, template }, rules, tied))
+}
+
+/// The header of a file, and how long the whole file is.
+///
+/// # Errors
+/// As [`load`].
+pub(crate) fn head(path: &Path) -> Result<(Vec<u8>, u64), LoadError> {
+    let unreadable = |error: std::io::Error| LoadError::read(path, &error);
+    let mut file = File::open(path).map_err(unreadable)?;
+    let file_bytes = file.metadata().map_err(unreadable)?.len();
+    let header = check::read(BufReader::new(&mut file), file_bytes, &Limits::BASE)?;
+    file.rewind().map_err(unreadable)?;
+    let mut bytes = Vec::new();
+    file.take(header.header_bytes()).read_to_end(&mut bytes).map_err(unreadable)?;
+    Ok((bytes, file_bytes))
+}
+
+/// What [`head`] has read, understood as [`load`] would.
+///
+/// # Errors
+/// As [`load`].
+pub(crate) fn text(
+    head: &[u8],
+    file_bytes: u64,
+    hash: ContentHash,
+    numerics: Numerics,
+) -> Result<ModelText, LoadError> {
+    let header = check::read(head, file_bytes, &Limits::BASE)?;
+    read_text(&header, hash, numerics).map(|(text, ..)| text)
 }
 
 fn template(source: &str, info: &ModelInfo, tokenizer: &Tokenizer) -> Result<ChatTemplate, LoadError> {

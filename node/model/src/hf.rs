@@ -8,14 +8,18 @@
 mod facts;
 mod tensors;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::{Map, Value};
+use shared::hash::ContentHash;
 
 use crate::base::assemble::{self, Naming};
-use crate::base::{BaseModel, LoadError, hash_files, panels};
+use crate::base::{BaseModel, LoadError, check_vocabulary, hash_files, panels};
 use crate::info::{ModelInfo, Numerics};
 use crate::template::ChatTemplate;
+use crate::text::ModelText;
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
@@ -25,28 +29,77 @@ use self::tensors::Shards;
 /// Largest configuration or template file; real ones have a few KB, an index of shards a few hundred.
 const TEXT_BYTES_MAX: u64 = 16 << 20;
 
+/// Files that are text, and the largest each may be.
+const TEXTS: [(&str, u64); 5] = [
+    ("config.json", TEXT_BYTES_MAX),
+    ("generation_config.json", TEXT_BYTES_MAX),
+    ("tokenizer.json", crate::tokenizer::json::FILE_BYTES_MAX),
+    ("tokenizer_config.json", TEXT_BYTES_MAX),
+    ("chat_template.jinja", TEXT_BYTES_MAX),
+];
+
 /// Loads everything.
 ///
 /// # Errors
 /// Names the first thing that is missing, damaged or not supported.
 pub(crate) fn load(path: &Path, numerics: Numerics, panels: Option<&Path>) -> Result<BaseModel, LoadError> {
-    let configs = Configs {
-        model: need_json(&path.join("config.json"))?,
-        tokenizer: read_json(&path.join("tokenizer_config.json"))?.unwrap_or(Value::Null),
-        generation: read_json(&path.join("generation_config.json"))?.unwrap_or(Value::Null),
-    };
+    let files = texts(path)?;
+    need(&files, path, "config.json")?;
     let shards = Shards::open(path)?;
-    let tokenizer = Tokenizer::from_json(&path.join("tokenizer.json"))?;
     let hash = hash_files(&hashed_files(path, &shards)).map_err(|error| LoadError::read(path, &error))?;
-    let rules = configs.family()?;
-    let mut info = configs.model_info(rules, &tokenizer, numerics)?;
-    info.hash = hash;
+    let (ModelText { info, tokenizer, template }, configs) = read_text_of(path, &files, hash, numerics)?;
+    drop(files);
     let weights = read_weights(&configs, &info, shards, panels)?;
-    let template = match template_source(path, &configs.tokenizer)? {
-        Some(source) => Some(template(&source, &configs.tokenizer)?),
+    Ok(BaseModel { info, weights, tokenizer, template })
+}
+
+/// The files of a directory that are text, by name.
+///
+/// # Errors
+/// Names the first that cannot be read or is too large.
+pub(crate) fn texts(path: &Path) -> Result<BTreeMap<String, Vec<u8>>, LoadError> {
+    let mut files = BTreeMap::new();
+    for (name, bytes_max) in TEXTS {
+        if let Some(bytes) = read_file(&path.join(name), bytes_max)? {
+            files.insert(name.to_owned(), bytes);
+        }
+    }
+    Ok(files)
+}
+
+/// What [`texts`] has read, understood as [`load`] would.
+///
+/// # Errors
+/// As [`load`].
+pub(crate) fn text(
+    files: &BTreeMap<String, Vec<u8>>,
+    hash: ContentHash,
+    numerics: Numerics,
+) -> Result<ModelText, LoadError> {
+    read_text_of(Path::new(""), files, hash, numerics).map(|(text, _)| text)
+}
+
+/// Everything but the weights; `path` is for messages.
+fn read_text_of(
+    path: &Path,
+    files: &BTreeMap<String, Vec<u8>>,
+    hash: ContentHash,
+    numerics: Numerics,
+) -> Result<(ModelText, Configs), LoadError> {
+    let configs = Configs {
+        model: json(path, "config.json", need(files, path, "config.json")?)?,
+        tokenizer: maybe_json(path, "tokenizer_config.json", files)?,
+        generation: maybe_json(path, "generation_config.json", files)?,
+    };
+    let tokenizer = Tokenizer::from_json_text(need(files, path, "tokenizer.json")?, &path.join("tokenizer.json"))?;
+    let mut info = configs.model_info(configs.family()?, &tokenizer, numerics)?;
+    info.hash = hash;
+    check_vocabulary(tokenizer.vocab_size(), info.vocab)?;
+    let template = match template_source(path, files, &configs.tokenizer)? {
+        Some(source) => Some(Arc::new(template(&source, &configs.tokenizer)?)),
         None => None,
     };
-    Ok(BaseModel { info, weights, tokenizer, template })
+    Ok((ModelText { info, tokenizer, template }, configs))
 }
 
 fn read_weights(
@@ -66,9 +119,14 @@ fn read_weights(
 }
 
 /// The file of its own comes first, as in transformers; of several named templates the default one.
-fn template_source(path: &Path, tokenizer_config: &Value) -> Result<Option<String>, LoadError> {
-    if let Some(source) = read_text(&path.join("chat_template.jinja"))? {
-        return Ok(Some(source));
+fn template_source(
+    path: &Path,
+    files: &BTreeMap<String, Vec<u8>>,
+    tokenizer_config: &Value,
+) -> Result<Option<String>, LoadError> {
+    if let Some(source) = files.get("chat_template.jinja") {
+        let source = String::from_utf8(source.clone());
+        return source.map(Some).map_err(|error| LoadError::read(&path.join("chat_template.jinja"), &error));
     }
     Ok(match &tokenizer_config["chat_template"] {
         Value::String(source) => Some(source.clone()),
@@ -97,32 +155,42 @@ fn token_text(token: &Value) -> Option<&str> {
 }
 
 fn hashed_files(path: &Path, shards: &Shards) -> Vec<PathBuf> {
-    let texts =
-        ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
-    let texts = texts.iter().map(|name| path.join(name)).filter(|file| file.is_file());
+    let texts = TEXTS.iter().map(|(name, _)| path.join(name)).filter(|file| file.is_file());
     texts.chain(shards.files().map(Path::to_path_buf)).collect()
 }
 
+fn need<'a>(files: &'a BTreeMap<String, Vec<u8>>, path: &Path, name: &str) -> Result<&'a [u8], LoadError> {
+    let missing =
+        || LoadError::read(&path.join(name), &"no such file; hint: this is not a Hugging Face model directory");
+    files.get(name).map(Vec::as_slice).ok_or_else(missing)
+}
+
+/// A JSON object, or null when there is no such file.
+fn maybe_json(path: &Path, name: &str, files: &BTreeMap<String, Vec<u8>>) -> Result<Value, LoadError> {
+    files.get(name).map_or(Ok(Value::Null), |text| json(path, name, text))
+}
+
+fn json(path: &Path, name: &str, text: &[u8]) -> Result<Value, LoadError> {
+    let object: Map<String, Value> =
+        serde_json::from_slice(text).map_err(|error| LoadError::read(&path.join(name), &error))?;
+    Ok(Value::Object(object))
+}
+
+/// A JSON object that must be there.
 fn need_json(path: &Path) -> Result<Value, LoadError> {
-    let missing = || LoadError::read(path, &"no such file; hint: this is not a Hugging Face model directory");
-    read_json(path)?.ok_or_else(missing)
+    let text = read_file(path, TEXT_BYTES_MAX)?.ok_or_else(|| LoadError::read(path, &"no such file"))?;
+    json(path, "", &text)
 }
 
-/// A JSON object, or `None` when there is no such file.
-fn read_json(path: &Path) -> Result<Option<Value>, LoadError> {
-    let Some(text) = read_text(path)? else { return Ok(None) };
-    let object: Map<String, Value> = serde_json::from_str(&text).map_err(|error| LoadError::read(path, &error))?;
-    Ok(Some(Value::Object(object)))
-}
-
-fn read_text(path: &Path) -> Result<Option<String>, LoadError> {
+/// A file's bytes, or `None` when there is no such file.
+fn read_file(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, LoadError> {
     let n_bytes = match std::fs::metadata(path) {
         Ok(metadata) => metadata.len(),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(LoadError::read(path, &error)),
     };
-    if n_bytes > TEXT_BYTES_MAX {
-        return Err(LoadError::read(path, &format!("it has {n_bytes} bytes, the limit is {TEXT_BYTES_MAX}")));
+    if n_bytes > bytes_max {
+        return Err(LoadError::read(path, &format!("it has {n_bytes} bytes, the limit is {bytes_max}")));
     }
-    std::fs::read_to_string(path).map(Some).map_err(|error| LoadError::read(path, &error))
+    std::fs::read(path).map(Some).map_err(|error| LoadError::read(path, &error))
 }

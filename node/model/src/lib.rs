@@ -21,3 +21,4 @@ pub mod step;
 pub mod forward;
 pub mod gpu;
 pub mod base;
+pub mod text;

@@ -10,7 +10,7 @@
 mod alphabet;
 mod gguf;
 pub mod guard;
-mod json;
+pub(crate) mod json;
 mod specials;
 mod detokenizer;
 
@@ -121,6 +121,14 @@ impl Tokenizer {
     /// Names the unreadable file, the unsupported kind or the contradiction.
     pub fn from_json(path: &Path) -> Result<Self, TokenizerError> {
         Self::assemble(json::parts(path)?)
+    }
+
+    /// As [`Tokenizer::from_json`], from what the file holds; `path` is for messages.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::from_json`].
+    pub fn from_json_text(text: &[u8], path: &Path) -> Result<Self, TokenizerError> {
+        Self::assemble(json::parts_of(text, path)?)
     }
 
     fn assemble(parts: Parts) -> Result<Self, TokenizerError> {

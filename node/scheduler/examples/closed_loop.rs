@@ -133,6 +133,7 @@ impl Load {
             concurrency: 1000,
             queue_depth: 1000,
             base: "base".parse().expect("valid"),
+            pin: Default::default(),
             adapter: None,
             fell_back: false,
             cache_secret: [0; 32],

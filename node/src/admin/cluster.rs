@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use shared::cluster::NodePhase;
 use shared::error::{ErrorKind, RequestError};
 use shared::id::{BaseName, NodeId};
-use wire::node::Resident;
+use wire::node::{Resident, ServedBase};
 
 use super::api::DrainNode;
 use super::{Json, Shared, failed};
@@ -166,6 +166,7 @@ fn node_status(
         "pool": spec.pool,
         "region": spec.region,
         "bases": spec.bases,
+        "serves": serves(table, member),
         "home_of": home,
         "successor_of": successor,
         "adapters_warm": warm,
@@ -173,6 +174,23 @@ fn node_status(
         "places": load.places,
         "waiting": load.waiting,
     })
+}
+
+/// What a node says of its bases, and whether that is what the others mean; `null` before it has said so. Of another
+/// content it serves nothing, streams do not move between unlike arithmetics.
+fn serves(table: &RoutingTable, member: &Member) -> Value {
+    let Some(said) = &member.serves else { return Value::Null };
+    let of = |said: &ServedBase| {
+        let agreed = table.agreed(&said.name);
+        let told = json!({
+            "hash": said.hash.to_string(),
+            "numerics": said.numerics_id,
+            "left_out": agreed.is_some_and(|agreed| agreed.hash != said.hash),
+            "other_arithmetic": agreed.is_some_and(|agreed| agreed.numerics_id != said.numerics_id),
+        });
+        (said.name.to_string(), told)
+    };
+    Value::Object(said.iter().map(of).collect())
 }
 
 fn registry_status(status: &Status) -> Value {

@@ -13,7 +13,7 @@ use shared::id::TenantId;
 use shared::request::{Generation, Sampling};
 use tokio::sync::Semaphore;
 
-use crate::base_room::BaseRoom;
+use crate::base_text::BaseText;
 use crate::gateway::backend::{Input, Piece, Prepared, TokenText};
 
 /// Bytes of input above which encoding leaves the async thread: about a millisecond of tokenising.
@@ -29,7 +29,7 @@ pub(super) fn clamp_answer(generation: &mut Generation, tokens_per_minute: u32) 
 
 /// Encodes and checks a request against the base it will run on.
 pub(super) async fn encode(
-    room: &Arc<BaseRoom>,
+    text: &Arc<BaseText>,
     tenant: &TenantId,
     request: &mut Prepared,
     places: &Semaphore,
@@ -37,14 +37,14 @@ pub(super) async fn encode(
     let prompt = if input_bytes(&request.input) > INLINE_BYTES_MAX {
         let _place = places.acquire().await.map_err(|_| RequestError::internal())?;
         let input = std::mem::replace(&mut request.input, Input::Tokens(Vec::new()));
-        let room = Arc::clone(room);
-        tokio::task::spawn_blocking(move || tokens(&room, &input)).await.map_err(|_| RequestError::internal())??
+        let text = Arc::clone(text);
+        tokio::task::spawn_blocking(move || tokens(&text, &input)).await.map_err(|_| RequestError::internal())??
     } else {
-        tokens(room, &request.input)?
+        tokens(text, &request.input)?
     };
-    let max_tokens = fit(room, &prompt, request)?;
-    check_vocabulary(room, &prompt, request)?;
-    check_grammar(room, tenant, request).await?;
+    let max_tokens = fit(text, &prompt, request)?;
+    check_vocabulary(text, &prompt, request)?;
+    check_grammar(text, tenant, request).await?;
     let seed = request.seed.unwrap_or_else(|| seed_of(request));
     Ok(Generation {
         prompt: prompt.into(),
@@ -78,12 +78,12 @@ fn input_bytes(input: &Input) -> usize {
     }
 }
 
-fn tokens(room: &BaseRoom, input: &Input) -> Result<Vec<u32>, RequestError> {
-    let tokenizer = &room.model.tokenizer;
+fn tokens(base: &BaseText, input: &Input) -> Result<Vec<u32>, RequestError> {
+    let tokenizer = &base.tokenizer;
     let tokens = match input {
         Input::Chat(chat) => {
-            let template = room.model.template.as_ref().ok_or_else(|| {
-                let message = format!("the base {} has no chat template; hint: use /v1/completions", room.name);
+            let template = base.template.as_ref().ok_or_else(|| {
+                let message = format!("the base {} has no chat template; hint: use /v1/completions", base.name);
                 RequestError::field("unsupported_parameter", "messages", message)
             })?;
             let tools = chat.tools.as_ref();
@@ -107,8 +107,8 @@ fn tokens(room: &BaseRoom, input: &Input) -> Result<Vec<u32>, RequestError> {
 }
 
 /// The longest answer that the request asks for and the context allows.
-fn fit(room: &BaseRoom, prompt: &[u32], request: &Prepared) -> Result<u32, RequestError> {
-    let context = room.context();
+fn fit(text: &BaseText, prompt: &[u32], request: &Prepared) -> Result<u32, RequestError> {
+    let context = text.context;
     let left = context.saturating_sub(prompt.len());
     let wanted = request.max_tokens.map(|wanted| wanted as usize);
     if left == 0 || wanted.is_some_and(|wanted| wanted > left) {
@@ -123,8 +123,8 @@ fn fit(room: &BaseRoom, prompt: &[u32], request: &Prepared) -> Result<u32, Reque
     Ok(u32::try_from(wanted.unwrap_or(left)).unwrap_or(u32::MAX))
 }
 
-fn check_vocabulary(room: &BaseRoom, prompt: &[u32], request: &Prepared) -> Result<(), RequestError> {
-    let vocab = room.model.info.vocab;
+fn check_vocabulary(text: &BaseText, prompt: &[u32], request: &Prepared) -> Result<(), RequestError> {
+    let vocab = text.info.vocab;
     let is_outside = |id: &u32| *id as usize >= vocab;
     let fields: [(&'static str, Option<u32>); 3] = [
         ("prompt", prompt.iter().copied().find(is_outside)),
@@ -142,9 +142,9 @@ fn check_vocabulary(room: &BaseRoom, prompt: &[u32], request: &Prepared) -> Resu
 }
 
 /// Compiles the grammar, which is then remembered: it is wanted again where the request runs.
-async fn check_grammar(room: &BaseRoom, tenant: &TenantId, request: &Prepared) -> Result<(), RequestError> {
+async fn check_grammar(text: &BaseText, tenant: &TenantId, request: &Prepared) -> Result<(), RequestError> {
     let Some(grammar) = &request.grammar else { return Ok(()) };
-    let compiled = room.grammars.compile(tenant, grammar).await;
+    let compiled = text.grammars.compile(tenant, grammar).await;
     compiled.map(drop).map_err(|error| error.to_request_error("response_format"))
 }
 

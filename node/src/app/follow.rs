@@ -49,6 +49,7 @@ impl App {
             Event::TenantDeleted { tenant, adapters } => {
                 self.admission.lock().forget(tenant);
                 self.rooms.values().for_each(|room| room.erase(tenant));
+                self.texts.forget(tenant);
                 self.forget(tenant, adapters, reach).await;
             }
             Event::AdapterVersionRemoved { name, hash, still_used: false } => {

@@ -19,8 +19,9 @@ use shared::request::{Emitted, EmittedChoice, Envelope};
 use shared::token::{FinishReason, TokenEvent};
 use tokio::sync::mpsc;
 
-use super::serve::{EVENTS_WAITING_MAX, Serving};
+use super::serve::{EVENTS_WAITING_MAX, Serving, other_content};
 use super::{App, running};
+use crate::cluster::place;
 use crate::gateway::backend::{CancelOnDrop, Events, RECORD_SILENT, Resumed};
 use crate::metering::{Tap, UsageRecord};
 use crate::metrics;
@@ -75,7 +76,11 @@ impl App {
         let record = own.ok_or_else(if is_one_silent { record_silent } else { stream_gone })?;
         self.check_open()?;
         let kept = Kept::read(&record)?;
-        let room = Arc::clone(self.room(&record.envelope.base)?);
+        let text = self.text(&record.envelope.base)?;
+        if record.envelope.pin.hash.is_some_and(|hash| hash != text.info.hash) {
+            // Its tokens are not spelled by the text that is here.
+            return Err(other_content(&record.envelope.base));
+        }
         metrics::resumed(&contract.tenant);
         tracing::info!(request_id = %request, tenant_id = %contract.tenant, "a request goes on here");
 
@@ -97,7 +102,8 @@ impl App {
         let tap = Tap::new(Arc::clone(&envelope), key, cost_center, Box::new(|_| {}), journal, clock);
         let mut events = Events::new(serving.events, Box::new(tap)).after(seen).until(self.stop.subscribe());
         events.hold(held, n);
-        let running = running(&room, model, &envelope, events, None, serving.cancel);
+        let numerics = self.numerics(&text, &envelope, &place(&envelope.base, &contract));
+        let running = running(&text, numerics, model, &envelope, events, None, serving.cancel);
         Ok(Resumed { running, answering })
     }
 }

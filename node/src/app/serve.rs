@@ -4,12 +4,13 @@
 //! is, which may be another node: its requests come here through [`crate::gateway::peer`].
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use queue::Item;
 use scheduler::source::CancelFlag;
 use shared::adapter::Residency;
-use shared::error::RequestError;
-use shared::id::RequestId;
+use shared::error::{ErrorKind, RequestError};
+use shared::id::{BaseName, RequestId};
 use shared::request::{Emitted, Envelope};
 use shared::tenant::Fallback;
 use shared::token::TokenEvent;
@@ -31,11 +32,19 @@ pub struct Serving {
     pub cancel: CancelOnDrop,
 }
 
+/// A request that was encoded for another model of the same name.
+pub(super) fn other_content(base: &BaseName) -> RequestError {
+    let message = format!(
+        "the base {base} has another content at the node that was to go on with this request; hint: send it again"
+    );
+    RequestError::new(ErrorKind::Unavailable, "other_content", message).retry_after(Duration::from_secs(1))
+}
+
 impl App {
     /// Puts a request into this node's queue. `attempt` counts the nodes that tried before.
     ///
     /// # Errors
-    /// When the base is not here, its grammar does not compile, or the queue is full.
+    /// When the base is not here or another one than the request was made for, its grammar does not compile, or the queue is full.
     pub async fn serve(
         &self,
         envelope: Arc<Envelope>,
@@ -43,13 +52,23 @@ impl App {
         attempt: u32,
     ) -> Result<Serving, RequestError> {
         let room = self.room(&envelope.base)?;
+        let info = &room.text.info;
+        if envelope.pin.hash.is_some_and(|hash| hash != info.hash) {
+            return Err(other_content(&envelope.base));
+        }
+        // Whose tokens are the first, his are the rest.
+        let begun_by = envelope.pin.numerics.as_ref().filter(|_| !emitted.is_empty());
+        if begun_by.is_some_and(|numerics| *numerics != info.numerics_id()) {
+            let message = "this node computes with other arithmetic than the one that began this answer";
+            return Err(RequestError::new(ErrorKind::Unavailable, "other_numerics", message));
+        }
         let tenant = &envelope.route.tenant;
         let snapshot = self.registry.snapshot();
         let fallback = snapshot.tenant(tenant).map_or(Fallback::Refuse, |view| view.contract().fallback);
         let grammar = match &envelope.generation.grammar {
             // Remembered where the request was admitted a moment ago.
             Some(grammar) => {
-                let compiled = room.grammars.compile(tenant, grammar).await;
+                let compiled = room.text.grammars.compile(tenant, grammar).await;
                 Some(compiled.map_err(|error| error.to_request_error("response_format"))?)
             }
             None => None,

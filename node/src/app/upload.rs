@@ -18,7 +18,7 @@ use shared::error::{ErrorKind, RequestError};
 use shared::id::{AdapterName, BaseName, TenantId};
 
 use super::App;
-use crate::base_room::BaseRoom;
+use crate::base_text::BaseText;
 
 /// Uploads checked at once: each holds a whole file in memory.
 pub const CHECKED_AT_ONCE: usize = 1;
@@ -48,7 +48,7 @@ pub enum Part {
 pub struct Upload {
     name: AdapterName,
     owner: Arc<TenantView>,
-    room: Arc<BaseRoom>,
+    text: Arc<BaseText>,
     limits: AdapterLimits,
     /// Always there, but for the time of a write.
     incoming: Option<Incoming>,
@@ -107,12 +107,12 @@ impl App {
     /// When there is no such tenant or base, or the disk refuses.
     pub async fn begin_upload(&self, tenant: &TenantId, name: AdapterName) -> Result<Upload, RequestError> {
         let owner = self.registry.snapshot().tenant(tenant).cloned().ok_or_else(|| no_tenant(tenant))?;
-        let room = Arc::clone(self.room(&name.base)?);
+        let text = self.text(&name.base)?;
         let limits = adapter_limits(self.config(), &name.base);
         let (store, view) = (self.store.clone(), Arc::clone(&owner));
         let incoming = tokio::task::spawn_blocking(move || store.receive(view.key(), view.record().tenant()));
         let incoming = Some(incoming.await.map_err(|_| RequestError::internal())??);
-        Ok(Upload { name, owner, room, limits, incoming, begun: Vec::new(), config: Vec::new(), large_bytes: 0 })
+        Ok(Upload { name, owner, text, limits, incoming, begun: Vec::new(), config: Vec::new(), large_bytes: 0 })
     }
 
     /// Checks what arrived, gives it its name and registers the version.
@@ -123,7 +123,7 @@ impl App {
         let app = Arc::clone(self);
         // To its end even if the client leaves.
         let finish = async move {
-            let Upload { name, owner, room, limits, incoming, begun, config, .. } = upload;
+            let Upload { name, owner, text, limits, incoming, begun, config, .. } = upload;
             let incoming = incoming.ok_or_else(RequestError::internal)?;
             let config = match begun.as_slice() {
                 [Part::Gguf] => None,
@@ -134,7 +134,7 @@ impl App {
                 }
             };
             let _checking = app.checking.acquire().await.map_err(|_| RequestError::internal())?;
-            let (view, checks) = (Arc::clone(&owner), Arc::clone(&room));
+            let (view, checks) = (Arc::clone(&owner), Arc::clone(&text));
             let received = tokio::task::spawn_blocking(move || receive(incoming, config, &view, &checks, &limits));
             let (received, summary) = received.await.map_err(|_| RequestError::internal())??;
             let record = AdapterRecord {
@@ -198,12 +198,12 @@ fn receive(
     incoming: Incoming,
     config: Option<Vec<u8>>,
     owner: &TenantView,
-    room: &BaseRoom,
+    text: &BaseText,
     limits: &AdapterLimits,
 ) -> Result<(Received, AdapterSummary), RequestError> {
     let mut received = incoming.finish(owner.key(), config.as_deref())?;
     let files = received.read(owner.key())?;
     let files: &AdapterFiles = files.files();
-    let summary = model::adapter::check(files, &room.model.info, limits)?.summary();
+    let summary = model::adapter::check(files, &text.info, limits)?.summary();
     Ok((received, summary))
 }

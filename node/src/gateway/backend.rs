@@ -382,7 +382,7 @@ pub struct ModelCard {
     /// Base model of an adapter.
     pub parent: Option<String>,
     /// Longest sequence, in tokens.
-    pub max_model_len: u32,
+    pub max_model_len: Option<u32>,
     /// Content hash of the adapter, in hex.
     pub adapter_generation: Option<String>,
 }

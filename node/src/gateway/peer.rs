@@ -158,6 +158,9 @@ impl PeerService for PeerDoor {
             Request::JournalTake { id } => Response::Journal(self.cluster.hand_out(id).map(Box::new)),
             Request::Probe { id, .. } => Response::Probe(self.app.progress(id)),
             Request::Residents => Response::Residents(self.app.residents()),
+            Request::BaseText { text, offset } => {
+                self.app.texts().piece(text, offset).map_or_else(Response::Refused, Response::BaseText)
+            }
         }
     }
 
@@ -175,13 +178,7 @@ impl PeerService for PeerDoor {
     }
 
     fn hello(&self, from: &NodeId, hello: &Hello) {
-        for base in &hello.bases {
-            let Some(room) = self.app.rooms().get(&base.name) else { continue };
-            let info = &room.model.info;
-            if base.hash != info.hash || base.numerics_id != info.numerics_id() {
-                tracing::error!(%from, base = %base.name, theirs = %base.numerics_id, ours = %info.numerics_id(), "a node serves another model under this name; streams that move there will not go on unchanged");
-            }
-        }
+        self.cluster.coordinator().serves(from, hello.bases.as_slice().into());
     }
 }
 

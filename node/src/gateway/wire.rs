@@ -318,7 +318,7 @@ pub struct Model {
     #[schema(required)]
     pub parent: Option<String>,
     /// Longest sequence in tokens (vLLM).
-    pub max_model_len: u32,
+    pub max_model_len: Option<u32>,
     /// Content hash of the adapter.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter_generation: Option<String>,

@@ -101,6 +101,10 @@ fn cluster() {
     describe_gauge!("tenantry_ring_epoch", "Epoch of this node's routing table; rises when tenants may move.");
     describe_gauge!("tenantry_cluster_nodes", "Nodes of the cluster file, by what this node thinks of them.");
     describe_gauge!("tenantry_registry_leader_known", "1 while this node knows who takes changes of the registry.");
+    describe_gauge!(
+        "tenantry_base_nodes_left_out",
+        "Nodes that get nothing of this base, because they serve another content under its name."
+    );
     describe_gauge!("tenantry_records_kept", "Requests of other nodes whose records are kept here.");
     describe_counter!("tenantry_peers_refused_total", "Connections to the peer port that were turned away, by reason.");
     describe_gauge!("tenantry_registry_epoch", "Epoch of the registry this node serves from.");

@@ -23,7 +23,8 @@ use crate::cluster::ClusterNode;
 pub fn render(app: &App, recorder: &PrometheusHandle) -> String {
     node(app);
     if let Some(network) = app.cluster() {
-        cluster(network, app.registry().status().borrow().leader.is_some());
+        let bases = app.config().bases.iter().map(|base| &base.name);
+        cluster(network, bases, app.registry().status().borrow().leader.is_some());
     }
     let now = app.now();
     let bases: Vec<(&BaseRoom, QueueStats)> =
@@ -164,12 +165,18 @@ fn adapters_in_use(text: &mut String, bases: &[(&BaseRoom, QueueStats)], app: &A
 }
 
 /// The cluster as this node sees it.
-fn cluster(cluster: &ClusterNode, has_leader: bool) {
+fn cluster<'a>(cluster: &ClusterNode, bases: impl Iterator<Item = &'a BaseName>, has_leader: bool) {
     let table = cluster.coordinator().tables().borrow().clone();
     gauge!("tenantry_ring_epoch").set(table.epoch() as f64);
     for (health, label) in HEALTHS {
         let n = table.members().values().filter(|member| member.health == health).count();
         gauge!("tenantry_cluster_nodes", "health" => label).set(n as f64);
+    }
+    let unlike = table.unlike();
+    for base in bases {
+        let agreed = table.agreed(base).map(|agreed| agreed.hash);
+        let n = unlike.iter().filter(|(_, said)| said.name == *base && Some(said.hash) != agreed).count();
+        gauge!("tenantry_base_nodes_left_out", "model_name" => base.to_string()).set(n as f64);
     }
     gauge!("tenantry_registry_leader_known").set(f64::from(u8::from(has_leader)));
     gauge!("tenantry_records_kept").set(cluster.n_records() as f64);

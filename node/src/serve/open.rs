@@ -19,13 +19,15 @@ use parking_lot::Mutex;
 use shared::adapter::AdapterRef;
 use shared::clock::Clock;
 use shared::config::{AdapterConfig, BaseConfig, ClusterConfig, NodeConfig};
-use shared::id::{BaseName, TenantId};
+use shared::id::TenantId;
 use shared::seal::TenantKey;
 use wire::node::ServedBase;
 
 use crate::app::upload::adapter_limits;
 use crate::app::{App, AppParts};
 use crate::base_room::{AdapterLoading, BaseRoom};
+use crate::base_text::BaseText;
+use crate::base_texts::BaseTexts;
 use crate::cluster::{ClusterNode, Network};
 use crate::metering::journal::Journal;
 
@@ -46,9 +48,11 @@ pub(super) async fn open(
         AdminKey::load_or_create(&data.join("admin.key"), &options.cluster_key).context("open the admin key")?;
     let mut models = BTreeMap::new();
     for base in config.bases.iter().filter(|base| node.bases.contains(&base.name)) {
-        models.insert(base.name.clone(), load_model(base, clock.as_ref()).await?);
+        let model = load_model(base, clock.as_ref()).await?;
+        let text = text(base.clone(), Arc::clone(&model), config.clone()).await?;
+        models.insert(base.name.clone(), (model, Arc::new(text)));
     }
-    let served = models.iter().map(|(name, model)| served(name, model)).collect();
+    let served = models.values().map(|(model, text)| served(model, text)).collect();
     let network = Network::open(&config, &node, served, Arc::clone(&clock))?;
     let options = match &network {
         Some(network) => options.in_cluster(registry_cluster(&config, &node, network)),
@@ -57,19 +61,31 @@ pub(super) async fn open(
     let registry = Registry::open(options).await.context("open the registry")?;
     let store = open_store(&config, data, &registry)?;
     let journal = Journal::open(&data.join("usage")).context("open the usage journal")?;
+    let own: Vec<Arc<BaseText>> = models.values().map(|(_, text)| Arc::clone(text)).collect();
+    let texts = Arc::new(BaseTexts::open(&config, data.join("texts"), &own));
     let mut rooms = BTreeMap::new();
-    for (name, model) in models {
-        let room = room(&name, model, &config, &store, &registry, Arc::clone(&clock))?;
+    for (name, (model, text)) in models {
+        let room = room(text, model, &config, &store, &registry, Arc::clone(&clock));
         rooms.insert(name, Arc::new(room));
     }
     let cluster = network.map(|network| ClusterNode::new(network, &config, &node.name, ring_key, Arc::clone(&clock)));
-    let app = App::new(AppParts { config, node, clock, registry, rooms, store, journal, cluster, request_ids });
+    let app = App::new(AppParts { config, node, clock, registry, rooms, texts, store, journal, cluster, request_ids });
     wake_engines_on_load(&app);
     Ok((app, admin_key))
 }
 
-fn served(name: &BaseName, model: &BaseModel) -> ServedBase {
-    ServedBase { name: name.clone(), hash: model.info.hash, numerics_id: model.info.numerics_id() }
+fn served(model: &BaseModel, text: &BaseText) -> ServedBase {
+    let (hash, numerics_id) = (model.info.hash, model.info.numerics_id());
+    ServedBase { name: text.name.clone(), hash, text: Some(text.block.hash), numerics_id }
+}
+
+/// The text of a base that is loaded here, also for the nodes that do not host it.
+async fn text(base: BaseConfig, model: Arc<BaseModel>, config: ClusterConfig) -> anyhow::Result<BaseText> {
+    let made = tokio::task::spawn_blocking(move || {
+        let block = model::text::pack(&base.path, model.info.hash).context("read the text of the base model")?;
+        BaseText::of(base.name, &model, block.into(), &config)
+    });
+    made.await.context("read the text of the base model")?
 }
 
 fn registry_cluster(config: &ClusterConfig, node: &NodeConfig, network: &Network) -> Cluster {
@@ -99,22 +115,22 @@ async fn load_model(base: &BaseConfig, clock: &dyn Clock) -> anyhow::Result<Arc<
 }
 
 fn room(
-    name: &BaseName,
+    text: Arc<BaseText>,
     model: Arc<BaseModel>,
     config: &ClusterConfig,
     store: &Store,
     registry: &Registry,
     clock: Arc<dyn Clock>,
-) -> anyhow::Result<BaseRoom> {
+) -> BaseRoom {
     let loader = DiskLoader {
         store: store.clone(),
         keys: Arc::new(RegistryKeys(registry.clone())),
         base: Arc::clone(&model),
-        limits: adapter_limits(config, name),
+        limits: adapter_limits(config, &text.name),
     };
     let (cache, commands) = AdapterCache::new(cache_config(&config.adapters), clock);
     let loading = AdapterLoading { loader: Arc::new(loader), commands: Mutex::new(Some(commands)) };
-    BaseRoom::new(name.clone(), model, cache, loading, config)
+    BaseRoom::new(text, model, cache, loading, config)
 }
 
 fn open_store(config: &ClusterConfig, data: &Path, registry: &Registry) -> anyhow::Result<Store> {

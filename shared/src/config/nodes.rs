@@ -32,7 +32,7 @@ pub struct NodeConfig {
     pub pool: PoolName,
     /// Where it stands.
     pub region: Option<RegionName>,
-    /// Base models it loads, in file order, at least one.
+    /// Base models it loads and computes, in file order, at least one. It takes requests for all of the cluster.
     pub bases: Vec<BaseName>,
 }
 

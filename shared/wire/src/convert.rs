@@ -18,7 +18,7 @@ use crate::frame::{Frame, FrameError, Kind};
 use crate::message::{self as m, Body, read, write};
 use crate::node::{
     Answer, Hello, JournalDelta, JournalRecord, Message, Opening, Progress, Renewal, Request, Resident, Response,
-    ServedBase, Start,
+    ServedBase, Start, TextPiece,
 };
 use crate::version::{Spoken, Version};
 
@@ -57,16 +57,23 @@ impl Message for Hello {
     const KINDS: &'static [Kind] = &[m::Hello::KIND];
 
     fn encode_for(&self, version: Version, _: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
-        let base = |base: &ServedBase| m::ServedBase {
-            name: base.name.to_string(),
-            hash: base.hash.0,
-            numerics_id: base.numerics_id.clone(),
-        };
         let (cluster, node, incarnation) = (self.cluster.clone(), self.node.to_string(), self.incarnation);
-        let bases = self.bases.iter().map(base).collect();
         match version {
-            Version::V1 => write(version, &m::v1::Hello { cluster, node, incarnation, bases }, out),
+            Version::V1 => {
+                let base = |base: &ServedBase| {
+                    let (name, numerics_id) = (base.name.to_string(), base.numerics_id.clone());
+                    m::v1::ServedBase { name, hash: base.hash.0, numerics_id }
+                };
+                let bases = self.bases.iter().map(base).collect();
+                write(version, &m::v1::Hello { cluster, node, incarnation, bases }, out)
+            }
             Version::V2 => {
+                let base = |base: &ServedBase| {
+                    let (name, numerics_id) = (base.name.to_string(), base.numerics_id.clone());
+                    let text = base.text.map(|text| text.0);
+                    m::ServedBase { name, hash: base.hash.0, text, numerics_id }
+                };
+                let bases = self.bases.iter().map(base).collect();
                 let Spoken { oldest: wire_oldest, newest: wire_newest } = self.wire;
                 let has_authority = self.has_authority;
                 let hello = m::Hello { cluster, node, incarnation, bases, wire_oldest, wire_newest, has_authority };
@@ -79,6 +86,11 @@ impl Message for Hello {
         let hello: m::Hello = match frame.version {
             Version::V1 => {
                 let m::v1::Hello { cluster, node, incarnation, bases } = read(frame)?;
+                let base = |base: m::v1::ServedBase| {
+                    let m::v1::ServedBase { name, hash, numerics_id } = base;
+                    m::ServedBase { name, hash, text: None, numerics_id }
+                };
+                let bases = bases.into_iter().map(base).collect();
                 // Whoever speaks version 1 when more is offered speaks nothing else.
                 let number = Version::V1.number();
                 let (wire_oldest, wire_newest, has_authority) = (number, number, false);
@@ -89,7 +101,8 @@ impl Message for Hello {
         let checked = || -> Result<Self, Meaningless> {
             ensure(hello.bases.len() <= BASES_MAX, || format!("{} bases, limit {BASES_MAX}", hello.bases.len()))?;
             let base = |base: m::ServedBase| -> Result<ServedBase, Meaningless> {
-                Ok(ServedBase { name: base.name.parse()?, hash: ContentHash(base.hash), numerics_id: base.numerics_id })
+                let (hash, text) = (ContentHash(base.hash), base.text.map(ContentHash));
+                Ok(ServedBase { name: base.name.parse()?, hash, text, numerics_id: base.numerics_id })
             };
             Ok(Self {
                 cluster: hello.cluster,
@@ -151,14 +164,21 @@ impl Message for Start {
             attempt: self.attempt,
             epoch: self.epoch,
             emitted: envelope::emitted_to_wire(&self.emitted),
+            pin: envelope::pin_to_wire(&self.envelope.pin),
         };
-        write(version, &start, out)
+        match version {
+            Version::V1 => write(version, &m::v1::Start::from(start), out),
+            Version::V2 => write(version, &start, out),
+        }
     }
 
     fn decode(frame: &Frame, now: Instant) -> Result<Self, FrameError> {
-        let start: m::Start = read(frame)?;
+        let start: m::Start = match frame.version {
+            Version::V1 => read::<m::v1::Start>(frame)?.into(),
+            Version::V2 => read(frame)?,
+        };
         let checked = || -> Result<Self, Meaningless> {
-            let envelope = envelope::from_wire(start.envelope, now)?;
+            let envelope = envelope::from_wire(start.envelope, start.pin, now)?;
             Ok(Self {
                 emitted: envelope::emitted_from_wire(start.emitted, &envelope.generation)?,
                 envelope,
@@ -216,6 +236,7 @@ impl Message for Request {
         m::DrainNotice::KIND,
         m::Probe::KIND,
         m::AskResidents::KIND,
+        m::AskBaseText::KIND,
     ];
 
     fn encode_for(&self, version: Version, now: Instant, out: &mut Vec<u8>) -> Result<(), FrameError> {
@@ -226,7 +247,13 @@ impl Message for Request {
                 let (base, tenant) = (base.to_string(), adapter.tenant.to_string());
                 write(version, &m::Warm { epoch: *epoch, base, tenant, hash: adapter.hash.0 }, out)
             }
-            Self::JournalOpen(record) => write(version, &m::JournalOpen { record: record_to_wire(record, now) }, out),
+            Self::JournalOpen(record) => {
+                let record = record_to_wire(record, now);
+                match version {
+                    Version::V1 => write(version, &m::v1::JournalOpen { record: record.into() }, out),
+                    Version::V2 => write(version, &m::JournalOpen { record }, out),
+                }
+            }
             Self::JournalPut(deltas) => {
                 write(version, &m::JournalPut { deltas: deltas.iter().map(delta_to_wire).collect() }, out)
             }
@@ -234,6 +261,7 @@ impl Message for Request {
             Self::DrainNotice { epoch } => write(version, &m::DrainNotice { epoch: *epoch }, out),
             Self::Probe { id, attempt } => write(version, &m::Probe { id: id.0, attempt: *attempt }, out),
             Self::Residents => write(version, &m::AskResidents { reserved: 0 }, out),
+            Self::BaseText { text, offset } => write(version, &m::AskBaseText { text: text.0, offset: *offset }, out),
         }
     }
 
@@ -253,7 +281,11 @@ impl Message for Request {
                 checked().map_err(|error| error.at(frame.kind))?
             }
             id if id == m::JournalOpen::KIND.id => {
-                let record = record_from_wire(read::<m::JournalOpen>(frame)?.record, now);
+                let record = match frame.version {
+                    Version::V1 => read::<m::v1::JournalOpen>(frame)?.record.into(),
+                    Version::V2 => read::<m::JournalOpen>(frame)?.record,
+                };
+                let record = record_from_wire(record, now);
                 Self::JournalOpen(Box::new(record.map_err(|error| error.at(frame.kind))?))
             }
             id if id == m::JournalPut::KIND.id => {
@@ -271,6 +303,10 @@ impl Message for Request {
                 let _: m::AskResidents = read(frame)?;
                 Self::Residents
             }
+            id if id == m::AskBaseText::KIND.id => {
+                let m::AskBaseText { text, offset } = read(frame)?;
+                Self::BaseText { text: ContentHash(text), offset }
+            }
             _ => return Err(unexpected(frame)),
         })
     }
@@ -284,6 +320,7 @@ impl Message for Response {
         m::Journal::KIND,
         m::ProbeReply::KIND,
         m::Residents::KIND,
+        m::BaseText::KIND,
         m::Refused::KIND,
     ];
 
@@ -294,7 +331,10 @@ impl Message for Response {
             Self::Done => write(version, &m::Done { reserved: 0 }, out),
             Self::Journal(record) => {
                 let record = record.as_deref().map(|record| record_to_wire(record, now));
-                write(version, &m::Journal { record }, out)
+                match version {
+                    Version::V1 => write(version, &m::v1::Journal { record: record.map(Into::into) }, out),
+                    Version::V2 => write(version, &m::Journal { record }, out),
+                }
             }
             Self::Probe(Progress { known, running, n_tokens }) => {
                 write(version, &m::ProbeReply { known: *known, running: *running, n_tokens: *n_tokens }, out)
@@ -302,6 +342,9 @@ impl Message for Response {
             Self::Residents(adapters) => {
                 let adapters = adapters.iter().map(resident_to_wire).collect();
                 write(version, &m::Residents { adapters }, out)
+            }
+            Self::BaseText(TextPiece { total, bytes }) => {
+                write(version, &m::BaseText { total: *total, bytes: bytes.clone() }, out)
             }
             Self::Refused(error) => write(version, &event::error_to_wire(error), out),
         }
@@ -316,7 +359,11 @@ impl Message for Response {
                 Self::Done
             }
             id if id == m::Journal::KIND.id => {
-                let record = read::<m::Journal>(frame)?.record.map(|record| record_from_wire(record, now)).transpose();
+                let record = match frame.version {
+                    Version::V1 => read::<m::v1::Journal>(frame)?.record.map(Into::into),
+                    Version::V2 => read::<m::Journal>(frame)?.record,
+                };
+                let record = record.map(|record| record_from_wire(record, now)).transpose();
                 Self::Journal(record.map_err(|error| error.at(frame.kind))?.map(Box::new))
             }
             id if id == m::ProbeReply::KIND.id => {
@@ -326,6 +373,10 @@ impl Message for Response {
             id if id == m::Residents::KIND.id => {
                 let adapters = read::<m::Residents>(frame)?.adapters.into_iter().map(resident_from_wire);
                 Self::Residents(adapters.collect::<Result<_, _>>().map_err(|error| error.at(frame.kind))?)
+            }
+            id if id == m::BaseText::KIND.id => {
+                let m::BaseText { total, bytes } = read(frame)?;
+                Self::BaseText(TextPiece { total, bytes })
             }
             id if id == m::Refused::KIND.id => Self::Refused(event::error_from_wire(read(frame)?)),
             _ => return Err(unexpected(frame)),
@@ -393,11 +444,12 @@ fn record_to_wire(record: &JournalRecord, now: Instant) -> m::JournalRecord {
         attempt: record.attempt,
         answer: record.answer.clone(),
         emitted: envelope::emitted_to_wire(&record.emitted),
+        pin: envelope::pin_to_wire(&record.envelope.pin),
     }
 }
 
 fn record_from_wire(record: m::JournalRecord, now: Instant) -> Result<JournalRecord, Meaningless> {
-    let envelope = envelope::from_wire(record.envelope, now)?;
+    let envelope = envelope::from_wire(record.envelope, record.pin, now)?;
     Ok(JournalRecord {
         emitted: envelope::emitted_from_wire(record.emitted, &envelope.generation)?,
         envelope,

@@ -57,7 +57,7 @@ bodies! {
     // One datagram: below the smallest path that QUIC allows.
     Heartbeat = 2, at most KIB;
     // A prompt of 131,072 tokens, as many tokens of answer, a schema.
-    Start = 3, at most 4 * MIB;
+    Start = 3, at most 4 * MIB, in version 1 schema::<v1::Start>();
     // Log-probabilities of a whole prompt; tokens take a hundred bytes.
     Event = 4, at most 16 * MIB;
     Moved = 5, at most 4 * KIB;
@@ -70,10 +70,10 @@ bodies! {
     Warm = 14, at most KIB;
     Done = 15, at most KIB;
     // A start and how its client is answered.
-    JournalOpen = 16, at most 8 * MIB;
+    JournalOpen = 16, at most 8 * MIB, in version 1 schema::<v1::JournalOpen>();
     JournalPut = 17, at most MIB;
     JournalTake = 18, at most KIB;
-    Journal = 19, at most 8 * MIB;
+    Journal = 19, at most 8 * MIB, in version 1 schema::<v1::Journal>();
     DrainNotice = 20, at most KIB;
     Probe = 21, at most KIB;
     ProbeReply = 22, at most KIB;
@@ -82,6 +82,9 @@ bodies! {
     AskResidents = 25, at most KIB, in version 1 None;
     // Slots are some thousands at most; each takes a hundred bytes.
     Residents = 26, at most MIB, in version 1 None;
+    AskBaseText = 27, at most KIB, in version 1 None;
+    // A piece of a MiB.
+    BaseText = 28, at most 2 * MIB, in version 1 None;
 }
 
 /// Appends the frame of `body`, whose layout is that of the version, to `out`.
@@ -129,6 +132,7 @@ wire_type! {
     struct ServedBase {
         name: String,
         hash: [u8; 32],
+        text: Option<[u8; 32]>,
         numerics_id: String,
     }
 }
@@ -156,7 +160,20 @@ wire_type! {
         attempt: u32,
         epoch: u64,
         emitted: Vec<EmittedChoice>,
+        pin: BasePin,
     }
+}
+
+wire_type! {
+    struct BasePin {
+        hash: Option<[u8; 32]>,
+        numerics: Option<String>,
+    }
+}
+
+impl BasePin {
+    /// Of a node that says nothing of it.
+    pub(crate) const NONE: Self = Self { hash: None, numerics: None };
 }
 
 wire_type! {
@@ -380,6 +397,7 @@ wire_type! {
         attempt: u32,
         answer: Vec<u8>,
         emitted: Vec<EmittedChoice>,
+        pin: BasePin,
     }
 }
 
@@ -462,6 +480,20 @@ wire_type! {
 wire_type! {
     struct Residents {
         adapters: Vec<Resident>,
+    }
+}
+
+wire_type! {
+    struct AskBaseText {
+        text: [u8; 32],
+        offset: u64,
+    }
+}
+
+wire_type! {
+    struct BaseText {
+        total: u64,
+        bytes: Vec<u8>,
     }
 }
 

@@ -51,12 +51,14 @@ impl Hello {
 }
 
 /// A base as one node serves it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ServedBase {
     /// Its name.
     pub name: BaseName,
     /// Content of its weights.
     pub hash: ContentHash,
+    /// Content of its text, which other nodes may ask for ([`Request::BaseText`]); a node of version 1 has none to give.
+    pub text: Option<ContentHash>,
     /// Names the arithmetic: equal ids give equal bits, so a stream may move between them.
     pub numerics_id: String,
 }
@@ -143,6 +145,14 @@ pub enum Request {
     /// Which adapters are in the memory of the asked node's engines? Answered by [`Response::Residents`]. Since
     /// version 2.
     Residents,
+    /// A piece of a base's text: what a node needs to take requests for a base that it does not host. Answered by
+    /// [`Response::BaseText`]. Since version 2.
+    BaseText {
+        /// Which text.
+        text: ContentHash,
+        /// Where the piece begins.
+        offset: u64,
+    },
 }
 
 /// The answer to a [`Request`].
@@ -166,9 +176,23 @@ pub enum Response {
     Probe(Progress),
     /// To [`Request::Residents`].
     Residents(Vec<Resident>),
+    /// To [`Request::BaseText`].
+    BaseText(TextPiece),
     /// Not done, and why.
     Refused(RequestError),
 }
+
+/// A piece of a base's text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TextPiece {
+    /// Bytes of the whole text.
+    pub total: u64,
+    /// Those from the offset asked for, at most [`TEXT_PIECE_BYTES`].
+    pub bytes: Vec<u8>,
+}
+
+/// Largest [`TextPiece`]: below the bound of its frame, so large that a text of 10 MB takes ten calls.
+pub const TEXT_PIECE_BYTES: usize = 1 << 20;
 
 /// An adapter in the memory of an engine.
 #[derive(Debug, Clone, PartialEq, Eq)]

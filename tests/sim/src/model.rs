@@ -130,6 +130,7 @@ pub fn view(nodes: impl IntoIterator<Item = usize>) -> Arc<ClusterView> {
         incarnation: 1,
         share: SHARE_PARTS,
         load: NodeLoad { running: 0, places: 8, waiting: 0 },
+        serves: None,
     };
     let members: BTreeMap<NodeId, Member> = nodes.into_iter().map(|i| (node(i), member(i))).collect();
     Arc::new(ClusterView { epoch: 1, me: node(0), members })

@@ -121,6 +121,7 @@ impl Planned {
             concurrency: 8,
             queue_depth: QUEUE_MAX,
             base: base(),
+            pin: Default::default(),
             adapter: Some(pin),
             fell_back: false,
             cache_secret: [0; 32],

@@ -13,5 +13,6 @@ mod operators;
 mod disk;
 mod doors;
 mod places;
+mod bases;
 mod warm;
 mod objects;

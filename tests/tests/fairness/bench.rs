@@ -286,6 +286,7 @@ impl VirtualNode {
             concurrency: of.concurrency,
             queue_depth: 1000,
             base: "base".parse().expect("valid"),
+            pin: Default::default(),
             adapter: None,
             fell_back: false,
             cache_secret: [1; 32],

@@ -18,7 +18,7 @@ use model::base::BaseModel;
 use model::forward::{Runtime, RuntimeOptions, kv_layout};
 use model::info::{Linear, Numerics};
 use model::step::{Forward, Step};
-use node::base_room::vocabulary;
+use node::base_text::vocabulary;
 use scheduler::engine::{Engine, EngineConfig};
 use scheduler::grammar::{CompiledGrammar, GrammarCompiler};
 use scheduler::source::{CancelFlag, Charge, Room, Work, WorkSource};
@@ -148,7 +148,7 @@ impl WorkSource for Line {
 
 impl Bench {
     fn new(base: Arc<BaseModel>, adapters: Vec<Arc<LoraAdapter>>) -> Self {
-        let vocabulary = Arc::new(vocabulary(&base));
+        let vocabulary = Arc::new(vocabulary(&base.info, &base.tokenizer));
         let compiler = GrammarCompiler::new(&vocabulary).expect("a vocabulary for grammars");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
         let tenant = "acme".parse().expect("valid");
@@ -205,6 +205,7 @@ impl Bench {
             concurrency: 100,
             queue_depth: 100,
             base: "base".parse().expect("valid"),
+            pin: Default::default(),
             adapter: adapter.map(|adapter| AdapterPin { name, hash: adapter.hash }),
             fell_back: false,
             cache_secret: [1; 32],

@@ -435,3 +435,31 @@ fn what_earlier_programs_left_beside_a_packed_copy_is_removed() {
     left.retain(|name| name.starts_with("aa-") || name == foreign);
     assert_eq!(left, [newer, being_written, foreign]);
 }
+
+#[test]
+fn the_text_of_a_model_travels_without_its_weights_and_gives_the_same_tokens() {
+    let mut file = gguf_head("llama");
+    gguf_tensors(&mut file, "llama", "");
+    let folder = Folder::new("text");
+    let gguf = folder.write("model.gguf", file.finish());
+    let hf = Folder::new("text-hf");
+    write_hf(&hf, &config("LlamaForCausalLM"), &hf_names(false));
+    for path in [&gguf, &hf.0] {
+        let model = BaseModel::load(path, Numerics::Exact).expect("it loads");
+        let block = crate::text::pack(path, model.info.hash).expect("it can be read");
+        assert!(block.len() < 8 << 10, "{} bytes without weights", block.len());
+        let text = crate::text::read(&block, Numerics::Exact).expect("our own");
+        assert_eq!(text.info, model.info);
+        let words = "ab a<|end|> c";
+        assert_eq!(text.tokenizer.encode_rendered(words), model.tokenizer.encode_rendered(words));
+        assert_eq!(text.template.is_some(), model.template.is_some());
+        // Cut off anywhere or with another head, it is refused; changed elsewhere, it is at least no harm.
+        for n_bytes in (0..block.len()).step_by(7) {
+            crate::text::read(&block[..n_bytes], Numerics::Exact).expect_err("cut off");
+            let mut changed = block.clone();
+            changed[n_bytes] ^= 0x80;
+            let read = crate::text::read(&changed, Numerics::Exact);
+            assert!(n_bytes >= 8 || read.is_err(), "byte {n_bytes}");
+        }
+    }
+}

@@ -72,6 +72,7 @@ pub struct GgufFile {
     metadata: BTreeMap<String, Value>,
     tensors: Vec<TensorDesc>,
     by_name: Vec<u32>,
+    header_bytes: u64,
 }
 
 /// Why a file is not a GGUF file that we read.
@@ -181,14 +182,20 @@ pub fn read(reader: impl Read, file_bytes: u64, limits: &Limits) -> Result<GgufF
     for _ in 0..n_tensors {
         tensors.push(read_tensor(&mut source, limits)?);
     }
-    place_tensors(&mut tensors, source.at, alignment, file_bytes)?;
+    let header_bytes = source.at;
+    place_tensors(&mut tensors, header_bytes, alignment, file_bytes)?;
     let by_name = index_names(&tensors)?;
-    Ok(GgufFile { metadata, tensors, by_name })
+    Ok(GgufFile { metadata, tensors, by_name, header_bytes })
 }
 
 // === impl GgufFile ===
 
 impl GgufFile {
+    /// Bytes of the file before the tensors' data and the gap in front of it.
+    pub fn header_bytes(&self) -> u64 {
+        self.header_bytes
+    }
+
     /// Tensors in file order.
     pub fn tensors(&self) -> &[TensorDesc] {
         &self.tensors

@@ -14,7 +14,7 @@ use super::specials::AddedText;
 use super::{Parts, TokenizerError};
 
 /// Largest `tokenizer.json`; the largest known ones have 33 MB.
-const FILE_BYTES_MAX: u64 = 128 << 20;
+pub(crate) const FILE_BYTES_MAX: u64 = 128 << 20;
 
 /// Highest id; the largest known vocabularies have 262 thousand.
 const ID_MAX: u32 = 1 << 20;
@@ -52,9 +52,13 @@ pub(super) fn parts(path: &Path) -> Result<Parts, TokenizerError> {
         return Err(unreadable(format!("{n_bytes} bytes, the limit is {FILE_BYTES_MAX}")));
     }
     let text = std::fs::read(path).map_err(|error| unreadable(error.to_string()))?;
-    let file: File = serde_json::from_slice(&text).map_err(|error| unreadable(error.to_string()))?;
-    drop(text);
-    assemble(file)
+    parts_of(&text, path)
+}
+
+/// Reads what such a file holds; `path` is for messages.
+pub(super) fn parts_of(text: &[u8], path: &Path) -> Result<Parts, TokenizerError> {
+    let unreadable = |reason: String| TokenizerError::Read { file: path.display().to_string(), reason };
+    assemble(serde_json::from_slice(text).map_err(|error| unreadable(error.to_string()))?)
 }
 
 fn assemble(file: File) -> Result<Parts, TokenizerError> {

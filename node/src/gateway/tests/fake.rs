@@ -162,7 +162,7 @@ impl Backend for Fake {
             owned_by: who.to_string(),
             root: Some(format!("{who}-support-smollm2-v1.0.0")),
             parent: Some("smollm2".to_owned()),
-            max_model_len: 2048,
+            max_model_len: Some(2048),
             adapter_generation: None,
         }]
     }

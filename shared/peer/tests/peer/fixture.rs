@@ -183,6 +183,7 @@ pub(crate) fn start(clock: &dyn Clock, max_tokens: u32, attempt: u32, emitted: E
         concurrency: 8,
         queue_depth: 8,
         base: "base".parse().expect("a name"),
+        pin: Default::default(),
         adapter: None,
         fell_back: false,
         cache_secret: [7; 32],

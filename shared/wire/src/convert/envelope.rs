@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use shared::hash::ContentHash;
 use shared::id::{RequestId, Route};
-use shared::request::{AdapterPin, Emitted, EmittedChoice, Envelope, Generation, Grammar, Sampling};
+use shared::request::{AdapterPin, BasePin, Emitted, EmittedChoice, Envelope, Generation, Grammar, Sampling};
 use shared::tenant::Tier;
 
 use super::{Meaningless, ensure};
@@ -14,6 +14,8 @@ use crate::message as m;
 
 /// Choices of one request; the gateway allows fewer.
 const CHOICES_MAX: u32 = 64;
+/// Longest name of an arithmetic; ours have 30 bytes.
+const NUMERICS_BYTES_MAX: usize = 256;
 /// Longest time left that makes sense: twice the longest deadline of a contract.
 const DEADLINE_MS_MAX: u64 = 48 * 3600 * 1000;
 
@@ -45,7 +47,14 @@ pub(super) fn to_wire(envelope: &Envelope, now: Instant) -> m::Envelope {
     }
 }
 
-pub(super) fn from_wire(envelope: m::Envelope, now: Instant) -> Result<Envelope, Meaningless> {
+pub(super) fn pin_to_wire(pin: &BasePin) -> m::BasePin {
+    m::BasePin { hash: pin.hash.map(|hash| hash.0), numerics: pin.numerics.clone() }
+}
+
+/// `pin` travels beside the envelope, whose layout has not changed since version 1.
+pub(super) fn from_wire(envelope: m::Envelope, pin: m::BasePin, now: Instant) -> Result<Envelope, Meaningless> {
+    let n_bytes = pin.numerics.as_ref().map_or(0, String::len);
+    ensure(n_bytes <= NUMERICS_BYTES_MAX, || format!("a numerics id of {n_bytes} bytes, limit {NUMERICS_BYTES_MAX}"))?;
     let route = Route { tenant: envelope.tenant.parse()?, task: envelope.task.map(|task| task.parse()).transpose()? };
     let adapter = envelope
         .adapter
@@ -72,6 +81,7 @@ pub(super) fn from_wire(envelope: m::Envelope, now: Instant) -> Result<Envelope,
         concurrency: envelope.concurrency,
         queue_depth: envelope.queue_depth,
         base: envelope.base.parse()?,
+        pin: BasePin { hash: pin.hash.map(ContentHash), numerics: pin.numerics },
         adapter,
         fell_back: envelope.fell_back,
         cache_secret: envelope.cache_secret,

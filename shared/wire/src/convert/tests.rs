@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use shared::clock::{Clock, SystemClock};
 use shared::error::{ErrorKind, RequestError};
 use shared::id::Route;
-use shared::request::{AdapterPin, Emitted, EmittedChoice, Envelope, Generation, Grammar, Sampling};
+use shared::request::{AdapterPin, BasePin, Emitted, EmittedChoice, Envelope, Generation, Grammar, Sampling};
 use shared::tenant::Tier;
 use shared::token::{FinishReason, PositionLogprobs, TokenEvent, TokenLogprob};
 
@@ -81,12 +81,18 @@ impl Dice {
     fn envelope(&mut self, now: Instant) -> Envelope {
         let tenant = self.name();
         let (task, base) = (self.name(), self.name());
-        let pin = self.maybe(|dice| AdapterPin {
+        let adapter = self.maybe(|dice| AdapterPin {
             name: format!("{tenant}-{task}-{base}-v1.{}.0", dice.below(9)).parse().expect("a name"),
             hash: dice.hash(),
         });
+        let id = self.id();
+        // Derived, so that the dice fall as they did for version 1.
+        let pin = BasePin {
+            hash: id.0.is_multiple_of(2).then(|| ContentHash::of(&id.0.to_le_bytes())),
+            numerics: id.0.is_multiple_of(3).then(|| format!("cpu{}", id.0 % 7)),
+        };
         Envelope {
-            id: self.id(),
+            id,
             route: Route {
                 tenant: tenant.parse().expect("a name"),
                 task: self.coin().then(|| task.parse().expect("a name")),
@@ -96,7 +102,8 @@ impl Dice {
             concurrency: 1 + self.word() / 2,
             queue_depth: self.word(),
             base: base.parse().expect("a name"),
-            adapter: pin,
+            pin,
+            adapter,
             fell_back: self.coin(),
             cache_secret: self.hash().0,
             generation: Arc::new(self.generation()),
@@ -192,10 +199,10 @@ impl Dice {
     }
 
     fn hello(&mut self) -> Hello {
-        let base = |dice: &mut Self| ServedBase {
-            name: dice.name().parse().expect("a name"),
-            hash: dice.hash(),
-            numerics_id: dice.text(20),
+        let base = |dice: &mut Self| {
+            let (name, hash) = (dice.name().parse().expect("a name"), dice.hash());
+            let text = hash.0[0].is_multiple_of(2).then(|| ContentHash::of(&hash.0));
+            ServedBase { name, hash, text, numerics_id: dice.text(20) }
         };
         let (cluster, node, incarnation) = (self.text(20), self.node(), self.roll());
         // Derived, so that the dice fall as they did for version 1.
@@ -259,6 +266,10 @@ impl Dice {
         })
     }
 
+    fn text_piece(&mut self) -> Response {
+        Response::BaseText(TextPiece { total: self.roll(), bytes: self.bytes(99) })
+    }
+
     fn responses(&mut self, now: Instant) -> Vec<Response> {
         vec![
             Response::Raft { bytes: self.bytes(300) },
@@ -303,6 +314,8 @@ fn frames(version: Version, dice: &mut Dice, now: Instant) -> Vec<(Vec<u8>, Agai
         add(&mut all, version, &[Renewal::Certificate(dice.text(99))], now);
         add(&mut all, version, &[Request::Residents], now);
         add(&mut all, version, &[Response::Residents(dice.residents())], now);
+        add(&mut all, version, &[Request::BaseText { text: dice.hash(), offset: dice.roll() }], now);
+        add(&mut all, version, &[dice.text_piece()], now);
     }
     all
 }
@@ -331,6 +344,8 @@ proptest! {
         same(&Renewal::Refused(dice.error()), now);
         same(&Request::Residents, now);
         same(&Response::Residents(dice.residents()), now);
+        same(&Request::BaseText { text: dice.hash(), offset: dice.roll() }, now);
+        same(&dice.text_piece(), now);
     }
 
     #[test]
@@ -396,7 +411,8 @@ fn the_version_before_is_converted_and_misses_what_is_new() {
     let old = encoded(Version::V1, &hello, now);
     let frame = Decoder::only(Version::V1, Hello::KINDS, &old).expect("version 1");
     let heard = Hello::decode(&frame, now).expect("a hello");
-    let expected = Hello { wire: Spoken { oldest: 1, newest: 1 }, has_authority: false, ..hello.clone() };
+    let bases = hello.bases.iter().map(|base| ServedBase { text: None, ..base.clone() }).collect();
+    let expected = Hello { wire: Spoken { oldest: 1, newest: 1 }, has_authority: false, bases, ..hello.clone() };
     assert_eq!(heard, expected);
     let new = encoded(Version::V2, &hello, now);
     let heard = Hello::decode(&Decoder::only(Version::V2, Hello::KINDS, &new).expect("version 2"), now);

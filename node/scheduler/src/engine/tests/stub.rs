@@ -401,6 +401,7 @@ impl Bench {
             concurrency: 100,
             queue_depth: 100,
             base: "base".parse().expect("valid"),
+            pin: Default::default(),
             adapter: job.adapter.map(pin),
             fell_back: false,
             cache_secret: [job.tenant as u8; 32],
