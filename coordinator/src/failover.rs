@@ -42,7 +42,7 @@ mod run;
 
 use budget::RetryBudget;
 use likeness::no_like_node;
-use quarantine::Mark;
+use quarantine::{Life, Mark};
 use run::{Run, run_of};
 
 /// Code of the error with which a node past its drain grace ends its streams.
@@ -167,7 +167,8 @@ pub struct Failover {
     /// Nodes it may have harmed.
     nodes: Vec<NodeId>,
     refused: Vec<NodeId>,
-    deaths: u32,
+    /// Lives that ended with it without getting further.
+    deaths: Vec<Life>,
     stood_at: usize,
     gap: Option<Duration>,
     progress_at: Option<Instant>,
@@ -241,6 +242,11 @@ impl Failover {
     /// What the client has.
     pub fn emitted(&self) -> &Emitted {
         &self.emitted
+    }
+
+    /// Lives of nodes that ended with it without getting further, the latest last.
+    pub fn deaths(&self) -> &[Life] {
+        &self.deaths
     }
 
     /// Finished, failed or given up: nothing follows.
@@ -464,15 +470,16 @@ impl Failover {
         self.current = None;
         let stands_at = self.emitted.n_tokens();
         if stands_at > self.stood_at + PROGRESS_TOKENS {
-            (self.deaths, self.nodes) = (0, Vec::new());
+            (self.deaths, self.nodes) = (Vec::new(), Vec::new());
         }
+        self.deaths.retain(|life| !lives(around.table, life));
         self.harm(&run.node);
         if run.started {
-            self.deaths += 1;
+            self.deaths.push((run.node.clone(), run.incarnation));
             self.stood_at = stands_at;
             commands.push(Command::Mark);
         }
-        if self.deaths >= 2 {
+        if self.deaths.len() >= 2 {
             commands.push(Command::Quarantine);
             commands.extend(self.challenger.take().map(|run| Command::Cancel(run.attempt)));
             commands.extend(self.give_up(quarantine::refusal()));
@@ -588,6 +595,11 @@ fn is_dead(table: &RoutingTable, node: &NodeId, incarnation: u64) -> bool {
     table.members().get(node).is_none_or(|member| {
         matches!(member.health, Health::Dead | Health::Absent) || member.incarnation != incarnation
     })
+}
+
+/// That life of a node, if it was taken for dead, has not ended.
+pub fn lives(table: &RoutingTable, (node, incarnation): &Life) -> bool {
+    !is_dead(table, node, *incarnation)
 }
 
 /// Errors that speak of the node, not of the request.

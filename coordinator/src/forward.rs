@@ -24,6 +24,7 @@ use tokio::sync::mpsc;
 use wire::node::{Answer, JournalRecord, Request, Response, Start};
 
 use crate::failover::budget::RetryBudget;
+use crate::failover::lives;
 use crate::failover::quarantine::Quarantine;
 use crate::failover::{Around, Attempt, Command, End, Failover, Verdict};
 use crate::journal::records::understood;
@@ -154,7 +155,8 @@ impl<C: Carrier> Forwarder<C> {
         if quarantine.is_empty() {
             return Ok(Default::default());
         }
-        quarantine.admit(self.clock.now(), &fingerprint(envelope))
+        let table = self.tables.borrow();
+        quarantine.admit(self.clock.now(), &fingerprint(envelope), |life| lives(&table, life))
     }
 }
 
@@ -364,10 +366,13 @@ impl<C: Carrier> Ride<'_, C> {
                 Command::Mark => {
                     let n_tokens = self.failover.emitted().n_tokens();
                     let fingerprint = fingerprint(&self.envelope);
-                    lock(&self.forwarder.quarantine).on_death(self.now(), fingerprint, n_tokens);
+                    if let Some(life) = self.failover.deaths().last() {
+                        lock(&self.forwarder.quarantine).on_death(self.now(), fingerprint, n_tokens, life.clone());
+                    }
                 }
                 Command::Quarantine => {
-                    lock(&self.forwarder.quarantine).on_poison(self.now(), fingerprint(&self.envelope));
+                    let deaths = self.failover.deaths();
+                    lock(&self.forwarder.quarantine).on_poison(self.now(), fingerprint(&self.envelope), deaths);
                     let adapter = self.envelope.adapter.as_ref().map(|pin| pin.name.to_string());
                     let tenant = &self.envelope.route.tenant;
                     tracing::warn!(tenant_id = %tenant, request_id = %self.envelope.id, adapter, "request quarantined");

@@ -374,9 +374,25 @@ fn a_request_that_dies_twice_at_the_same_token_gets_no_third_node() {
 }
 
 #[test]
+fn a_node_that_was_only_silent_did_not_die_of_the_request() {
+    let mut bench = Bench::running(40);
+    let (a, b) = (bench.a.clone(), bench.b.clone());
+    bench.kill(&a);
+    bench.token(2);
+    bench.set(&a, |member| member.health = Health::Alive);
+    assert_eq!(bench.kill(&b), [Command::Cancel(2), Command::Mark, start(3, &a)]);
+    assert_eq!(bench.failover.deaths().len(), 1);
+}
+
+#[test]
 fn a_marked_request_gets_one_node_only() {
     let mut bench = Bench::new();
-    bench.failover = Failover::new(place(), "acme".parse().expect("valid"), 1, Mark { deaths: 1, stood_at: 3 });
+    bench.failover = Failover::new(
+        place(),
+        "acme".parse().expect("valid"),
+        1,
+        Mark { deaths: vec![("z".parse().expect("a node"), 1)], stood_at: 3 },
+    );
     bench.act(|failover, around| failover.begin(around));
     (0..3).for_each(|_| _ = bench.token(1));
     let a = bench.a.clone();
