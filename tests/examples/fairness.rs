@@ -40,7 +40,9 @@ fn now() -> Instant {
 /// One streamed request; times every token. Its answer has half to one and a half times `max_tokens`: were all equally
 /// long, the streams of a class would fall into step, ask again at the same moment and wait for one another.
 fn ask(node: &NodeProcess, key: &str, max_tokens: u32, salt: usize, seen: &mut Seen) {
-    let prompt = format!("{salt}: {QUESTION}");
+    // In letters: digits would be a token each, and prompts so long that computing them is all that is measured.
+    let letters: String = (0..6).map(|at| char::from(b'a' + (salt / 26_usize.pow(at) % 26) as u8)).collect();
+    let prompt = format!("{letters}: {QUESTION}");
     let max_tokens = max_tokens / 2 + Random::new(salt as u64).below(max_tokens as usize + 1) as u32;
     let body = json!({"model": "smollm2", "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": true,
         "temperature": 0, "stream": true, "return_token_ids": true});
@@ -80,7 +82,7 @@ fn drive(
                 let (stop, seen) = (&stop, Arc::clone(&seen[tenant]));
                 scope.spawn(move || {
                     let mut mine = Seen::default();
-                    let mut round = run * 1_000_000_000 + client * 1_000_000;
+                    let mut round = (run * 64 + client) * 1024;
                     while !stop.load(Ordering::Relaxed) {
                         let early = now() < counted_from;
                         ask(node, key, max_tokens, round, &mut mine);
@@ -232,7 +234,8 @@ fn joined(mut seen: BTreeMap<String, Seen>, leave_out: &str) -> Seen {
     })
 }
 
-/// Eight tenants with two sequences each; one of them has two clients, or forty.
+/// Eight tenants with two sequences each; one of them has three clients, with which its two places are always taken and
+/// its share is used up, or forty.
 fn flood(pairs: usize, seconds: u64) {
     let node = node("[engine]\nsequences = 16\n");
     let ids: Vec<String> = (0..8).map(|index| format!("t{index}")).collect();
@@ -240,7 +243,13 @@ fn flood(pairs: usize, seconds: u64) {
         ids.iter().map(|id| tenant(&node, id, &["--concurrency", "2", "--queue-depth", "1000"])).collect();
     compare("flood at 20 times its share", pairs, |flooded| {
         let clients = ids.iter().zip(&keys).map(|(id, key)| {
-            let n_clients = if flooded && id == "t0" { 40 } else { 2 };
+            let n_clients = if id != "t0" {
+                2
+            } else if flooded {
+                40
+            } else {
+                3
+            };
             (id.clone(), (key.clone(), n_clients))
         });
         joined(drive(&node, &clients.collect(), 32, seconds), "t0")
