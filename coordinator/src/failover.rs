@@ -42,7 +42,7 @@ mod run;
 
 use budget::RetryBudget;
 use likeness::no_like_node;
-use quarantine::{Life, Mark};
+use quarantine::{Life, Mark, is_dead, lives};
 use run::{Run, run_of};
 
 /// Code of the error with which a node past its drain grace ends its streams.
@@ -588,18 +588,6 @@ impl Failover {
         self.hold = None;
         vec![Command::Fail(error)]
     }
-}
-
-/// What that life of a node had is lost.
-fn is_dead(table: &RoutingTable, node: &NodeId, incarnation: u64) -> bool {
-    table.members().get(node).is_none_or(|member| {
-        matches!(member.health, Health::Dead | Health::Absent) || member.incarnation != incarnation
-    })
-}
-
-/// That life of a node, if it was taken for dead, has not ended.
-pub fn lives(table: &RoutingTable, (node, incarnation): &Life) -> bool {
-    !is_dead(table, node, *incarnation)
 }
 
 /// Errors that speak of the node, not of the request.

@@ -24,8 +24,7 @@ use tokio::sync::mpsc;
 use wire::node::{Answer, JournalRecord, Request, Response, Start};
 
 use crate::failover::budget::RetryBudget;
-use crate::failover::lives;
-use crate::failover::quarantine::Quarantine;
+use crate::failover::quarantine::{Quarantine, lives};
 use crate::failover::{Around, Attempt, Command, End, Failover, Verdict};
 use crate::journal::records::understood;
 use crate::journal::trail::{Kept, Put, Trail};

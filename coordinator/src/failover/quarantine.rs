@@ -13,6 +13,9 @@ use shared::error::{ErrorKind, RequestError};
 use shared::hash::ContentHash;
 use shared::id::NodeId;
 
+use crate::membership::detector::Health;
+use crate::route::RoutingTable;
+
 /// How long a mark lasts.
 const MARK_LASTS: Duration = Duration::from_secs(600);
 
@@ -49,6 +52,18 @@ pub fn refusal() -> RequestError {
     let message = "this request was running each time two nodes failed and is not tried again for ten minutes; \
                    hint: change the request, or tell the operator its id";
     RequestError::new(ErrorKind::Unprocessable, "quarantined", message)
+}
+
+/// What that life of a node had is lost.
+pub(super) fn is_dead(table: &RoutingTable, node: &NodeId, incarnation: u64) -> bool {
+    table.members().get(node).is_none_or(|member| {
+        matches!(member.health, Health::Dead | Health::Absent) || member.incarnation != incarnation
+    })
+}
+
+/// That life of a node, if it was taken for dead, has not ended.
+pub fn lives(table: &RoutingTable, (node, incarnation): &Life) -> bool {
+    !is_dead(table, node, *incarnation)
 }
 
 // === impl Quarantine ===
