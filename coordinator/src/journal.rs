@@ -44,8 +44,7 @@ pub fn keeper(table: &RoutingTable, id: RequestId, region: Option<&str>) -> Opti
 }
 
 /// Which nodes may have a request's record, the likeliest first; this one may be among them. `region` is its tenant's.
-/// All are asked at once and
-/// the record that is furthest counts ([`records::Found`]).
+/// All are asked at once and the record that is furthest counts ([`records::Found`]).
 pub fn whom_to_ask(table: &RoutingTable, id: RequestId, region: Option<&str>) -> Vec<NodeId> {
     let gone = |health| matches!(health, Health::Dead | Health::Absent);
     let members = table.members().iter().filter(|(_, member)| !gone(member.health) && lies_in(member, region));

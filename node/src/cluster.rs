@@ -390,8 +390,8 @@ impl ClusterNode {
         self.records.lock().before_leaving()
     }
 
-    /// A copy of the record of a request of a tenant of `region`, from whoever keeps it. Nothing changes for its entry node before this one goes
-    /// on with the request.
+    /// A copy of the record of a request of a tenant of `region`, from whoever keeps it. Nothing changes for its entry
+    /// node before this one goes on with the request.
     pub async fn take_record(&self, id: RequestId, region: Option<&str>) -> Found {
         let table = self.coordinator.tables().borrow().clone();
         let (here, others): (Vec<_>, Vec<_>) =

@@ -332,25 +332,13 @@ pub(crate) mod tests {
     use shared::clock::ManualClock;
     use shared::error::RequestError;
     use shared::id::{RequestId, Route};
-    use shared::request::{EmittedChoice, Generation, Sampling};
+    use shared::request::{EmittedChoice, Generation};
 
     use super::*;
 
     /// A request of three prompt tokens for the base.
     pub(crate) fn envelope(clock: &ManualClock) -> Envelope {
-        let generation = Generation {
-            prompt: [1, 2, 3].into(),
-            n: 1,
-            max_tokens: 8,
-            min_tokens: 0,
-            ignore_eos: false,
-            stop_token_ids: Vec::new(),
-            stop: Vec::new(),
-            sampling: Sampling::default(),
-            logprobs: None,
-            prompt_logprobs: None,
-            grammar: None,
-        };
+        let generation = Generation::new([1, 2, 3], 8);
         Envelope {
             id: RequestId(7),
             route: Route { tenant: "acme".parse().expect("valid"), task: None },

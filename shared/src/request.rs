@@ -89,6 +89,31 @@ pub struct Generation {
     pub grammar: Option<Grammar>,
 }
 
+impl Generation {
+    /// One answer of at most `max_tokens` tokens, with nothing special about it.
+    pub fn new(prompt: impl Into<Arc<[u32]>>, max_tokens: u32) -> Self {
+        Self {
+            prompt: prompt.into(),
+            n: 1,
+            max_tokens,
+            min_tokens: 0,
+            ignore_eos: false,
+            stop_token_ids: Vec::new(),
+            stop: Vec::new(),
+            sampling: Sampling::default(),
+            logprobs: None,
+            prompt_logprobs: None,
+            grammar: None,
+        }
+    }
+
+    /// One answer of exactly `n_tokens` tokens, each the likeliest.
+    pub fn greedy(prompt: impl Into<Arc<[u32]>>, n_tokens: u32) -> Self {
+        let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
+        Self { ignore_eos: true, sampling, ..Self::new(prompt, n_tokens) }
+    }
+}
+
 /// The adapter a request was admitted with; it finishes on exactly these weights.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdapterPin {

@@ -40,7 +40,7 @@ fn now() -> Instant {
 /// One streamed request; times every token. Its answer has half to one and a half times `max_tokens`: were all equally
 /// long, the streams of a class would fall into step, ask again at the same moment and wait for one another.
 fn ask(node: &NodeProcess, key: &str, max_tokens: u32, salt: usize, seen: &mut Seen) {
-    // In letters: digits would be a token each, and prompts so long that computing them is all that is measured.
+    // In letters: prompts of 23 to 25 tokens. Digits are a token each, and their number grew with the runs.
     let letters: String = (0..6).map(|at| char::from(b'a' + (salt / 26_usize.pow(at) % 26) as u8)).collect();
     let prompt = format!("{letters}: {QUESTION}");
     let max_tokens = max_tokens / 2 + Random::new(salt as u64).below(max_tokens as usize + 1) as u32;

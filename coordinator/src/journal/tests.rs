@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use shared::cluster::{NodeLoad, NodePhase};
 use shared::id::{Route, TenantId};
-use shared::request::{Emitted, Envelope, Generation, Sampling};
+use shared::request::{Emitted, Envelope, Generation};
 use shared::tenant::Tier;
 use wire::node::{JournalDelta, JournalRecord};
 
@@ -51,19 +51,7 @@ fn table_with(n: usize, me: usize, seen: impl Fn(usize) -> (Health, u64, MemberS
 }
 
 pub(crate) fn envelope(at: Instant, prompt: &[u32]) -> Envelope {
-    let generation = Generation {
-        prompt: prompt.into(),
-        n: 1,
-        max_tokens: 64,
-        min_tokens: 0,
-        ignore_eos: false,
-        stop_token_ids: Vec::new(),
-        stop: Vec::new(),
-        sampling: Sampling::default(),
-        logprobs: None,
-        prompt_logprobs: None,
-        grammar: None,
-    };
+    let generation = Generation::new(prompt, 64);
     Envelope {
         id: ID,
         route: Route { tenant: tenant(), task: None },

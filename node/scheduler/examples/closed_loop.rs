@@ -21,7 +21,7 @@ use scheduler::source::{CancelFlag, Charge, Room, Work, WorkSource};
 use scheduler::vocab::Vocabulary;
 use shared::clock::{Clock, SystemClock};
 use shared::id::{RequestId, Route};
-use shared::request::{Emitted, Envelope, Generation, Sampling};
+use shared::request::{Emitted, Envelope, Generation};
 use shared::tenant::Tier;
 use shared::token::TokenEvent;
 use tokio::sync::mpsc;
@@ -112,19 +112,8 @@ impl Load {
         let now = self.clock.now();
         let (sink, events) = mpsc::channel(256);
         let token = |at: usize| (self.n_requests as u32 * 7919 + at as u32 * 104_729) % N_TOKENS + FIRST_TOKEN;
-        let generation = Generation {
-            prompt: (0..self.n_prompt).map(token).collect(),
-            n: 1,
-            max_tokens: self.n_answer as u32,
-            min_tokens: 0,
-            ignore_eos: true,
-            stop_token_ids: Vec::new(),
-            stop: Vec::new(),
-            sampling: Sampling { temperature: 0.0, ..Sampling::default() },
-            logprobs: None,
-            prompt_logprobs: None,
-            grammar: None,
-        };
+        let prompt: Vec<u32> = (0..self.n_prompt).map(token).collect();
+        let generation = Generation::greedy(prompt, self.n_answer as u32);
         let envelope = Envelope {
             id: RequestId(u128::from(self.n_requests)),
             route: Route { tenant: "plain".parse().expect("valid"), task: None },

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use shared::adapter::AdapterRef;
 use shared::hash::ContentHash;
 use shared::id::{BaseName, NodeId, RequestId, Route, TenantId};
-use shared::request::{AdapterPin, Envelope, Generation, Sampling};
+use shared::request::{AdapterPin, Envelope, Generation};
 use shared::tenant::Tier;
 
 use crate::engine::QUEUE_MAX;
@@ -97,19 +97,8 @@ impl Planned {
 
     /// As the node admits it.
     pub fn envelope(&self, id: RequestId, now: Instant) -> Envelope {
-        let generation = Generation {
-            prompt: self.prompt.clone(),
-            n: self.n,
-            max_tokens: self.max_tokens,
-            min_tokens: 0,
-            ignore_eos: true,
-            stop_token_ids: Vec::new(),
-            stop: Vec::new(),
-            sampling: Sampling::default(),
-            logprobs: None,
-            prompt_logprobs: None,
-            grammar: None,
-        };
+        let generation =
+            Generation { n: self.n, ignore_eos: true, ..Generation::new(self.prompt.clone(), self.max_tokens) };
         let name = format!("tenant-{}-support-stub-v1.0.0", self.tenant);
         // A tenant's name has a hyphen and a task's has none, so that the name of an adapter says which is which.
         let pin = AdapterPin { name: name.parse().expect("a valid name"), hash: self.adapter().hash };

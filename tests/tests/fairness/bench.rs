@@ -14,7 +14,7 @@ use shared::adapter::{AdapterId, Residency};
 use shared::clock::{Clock, ManualClock};
 use shared::hash::ContentHash;
 use shared::id::{RequestId, Route, TenantId};
-use shared::request::{Emitted, Envelope, Generation, Sampling};
+use shared::request::{Emitted, Envelope, Generation};
 use shared::tenant::Tier;
 use shared::token::TokenEvent;
 use tests::tiny::Random;
@@ -265,19 +265,7 @@ impl VirtualNode {
         self.n_requests += 1;
         let n_answer = of.n_answer_min + self.random.below(of.n_answer_min as usize + 1) as u32;
         let (sink, events) = mpsc::channel(n_answer as usize + 4);
-        let generation = Generation {
-            prompt: vec![1; of.n_prompt].into(),
-            n: 1,
-            max_tokens: n_answer,
-            min_tokens: 0,
-            ignore_eos: true,
-            stop_token_ids: Vec::new(),
-            stop: Vec::new(),
-            sampling: Sampling { temperature: 0.0, ..Sampling::default() },
-            logprobs: None,
-            prompt_logprobs: None,
-            grammar: None,
-        };
+        let generation = Generation::greedy(vec![1; of.n_prompt], n_answer);
         let envelope = Arc::new(Envelope {
             id: RequestId(self.n_requests),
             route: Route { tenant: of.tenant.clone(), task: None },

@@ -177,18 +177,12 @@ impl Bench {
                 ..seeded
             },
         };
+        let prompt: Vec<u32> = std::iter::once(first).chain(rest).collect();
         let generation = Generation {
-            prompt: std::iter::once(first).chain(rest).collect(),
-            n: 1,
-            max_tokens: ANSWER_MAX,
             min_tokens: 2,
-            ignore_eos: true,
-            stop_token_ids: Vec::new(),
-            stop: Vec::new(),
             sampling,
-            logprobs: None,
-            prompt_logprobs: None,
             grammar: (style == Style::Json).then(|| Grammar::JsonSchema(SCHEMA.to_owned())),
+            ..Generation::greedy(prompt, ANSWER_MAX)
         };
         Job { generation, adapter: n.checked_sub(1).filter(|at| *at < self.adapters.len()), emitted: Vec::new() }
     }

@@ -13,7 +13,7 @@ use shared::clock::{Clock, SystemClock};
 use shared::cluster::{Heartbeat, NodeLoad, NodePhase};
 use shared::error::RequestError;
 use shared::id::{NodeId, RequestId, Route};
-use shared::request::{Emitted, Envelope, Generation, Sampling};
+use shared::request::{Emitted, Envelope, Generation};
 use shared::tenant::Tier;
 use shared::token::{FinishReason, TokenEvent};
 use wire::node::{Answer, Hello, Request, Response, Start};
@@ -162,19 +162,7 @@ pub(crate) fn heartbeat(seq: u64) -> Heartbeat {
 /// Asks for `max_tokens` tokens, of which `emitted` are there already.
 pub(crate) fn start(clock: &dyn Clock, max_tokens: u32, attempt: u32, emitted: Emitted) -> Start {
     let now = clock.now();
-    let generation = Generation {
-        prompt: Arc::from([1, 2, 3]),
-        n: 1,
-        max_tokens,
-        min_tokens: 0,
-        ignore_eos: false,
-        stop_token_ids: Vec::new(),
-        stop: Vec::new(),
-        sampling: Sampling::default(),
-        logprobs: None,
-        prompt_logprobs: None,
-        grammar: None,
-    };
+    let generation = Generation::new([1, 2, 3], max_tokens);
     let envelope = Envelope {
         id: RequestId(7),
         route: Route { tenant: "acme".parse().expect("a name"), task: None },

@@ -10,7 +10,7 @@ use model::step::{Forward, Step};
 use shared::clock::{Clock, ManualClock};
 use shared::hash::ContentHash;
 use shared::id::{RequestId, Route, TenantId};
-use shared::request::{AdapterPin, Emitted, Envelope, Generation, Sampling};
+use shared::request::{AdapterPin, Emitted, Envelope, Generation};
 use shared::tenant::Tier;
 use shared::token::{FinishReason, PositionLogprobs, TokenEvent};
 use tokio::sync::mpsc;
@@ -99,19 +99,7 @@ impl Default for Job {
 
 /// Greedy, eight tokens, one choice, no end token.
 pub(super) fn generation(prompt: &[u32]) -> Generation {
-    Generation {
-        prompt: prompt.into(),
-        n: 1,
-        max_tokens: 8,
-        min_tokens: 0,
-        ignore_eos: true,
-        stop_token_ids: Vec::new(),
-        stop: Vec::new(),
-        sampling: Sampling { temperature: 0.0, ..Sampling::default() },
-        logprobs: None,
-        prompt_logprobs: None,
-        grammar: None,
-    }
+    Generation::greedy(prompt, 8)
 }
 
 // === the model ===
